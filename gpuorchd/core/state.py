@@ -1,0 +1,91 @@
+"""The whole state of the core in one place, and the bounds it lives within.
+
+`Machine` alone changes it. Shells read it to answer questions (`gpu_info`, `allocations`, metrics)
+in the turn in which they look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from gpuorchd.core.deadlines import Deadlines
+from gpuorchd.core.model import (
+    Client,
+    ConnectionId,
+    Device,
+    DeviceUuid,
+    Holder,
+    Lease,
+    LeaseId,
+    ProcessKey,
+    Token,
+)
+from gpuorchd.core.policy import Policy
+from gpuorchd.core.queue import WaitingQueue
+
+
+class Limits(NamedTuple):
+    """Bounds on what is held, per connection, per user and in all."""
+
+    # Connections that hold or await a lease: about what a descriptor store is good for.
+    holders: int = 1_024
+    holders_per_uid: int = 900
+    leases: int = 8_192
+    leases_per_uid: int = 4_096
+    leases_per_connection: int = 64
+    waiting: int = 4_096
+    waiting_per_uid: int = 2_048
+    waiting_per_connection: int = 64
+
+
+class Settings(NamedTuple):
+    """What the core is configured with at start and never changes."""
+
+    epoch: str
+    limits: Limits = Limits()
+    # 0: leases have no time limit.
+    ttl_ns: int = 0
+    # A reading older than this is unknown and grants nothing.
+    reading_max_age_ns: int = 3_000_000_000
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """Devices, leases, the waiting queue, policy: all that decisions are made from."""
+
+    settings: Settings
+    policy: Policy
+    revision: int = 1
+    safe_mode: bool = False
+    stopping: bool = False
+    # True until the first probe of the devices has ended, and again after SAFE_MODE ends.
+    probing: bool = True
+    # Why there is no device, where there is none.
+    unavailable: str | None = None
+    devices: dict[DeviceUuid, Device] = field(default_factory=dict)
+    # Cordons by uuid with their reason, kept also for GPUs that are not there.
+    cordons: dict[str, str] = field(default_factory=dict)
+    # Every lease that still keeps bytes, draining ones too, in order of their grant.
+    leases: dict[LeaseId, Lease] = field(default_factory=dict)
+    # Live leases by their secret.
+    tokens: dict[Token, Lease] = field(default_factory=dict)
+    clients: dict[ConnectionId, Client] = field(default_factory=dict)
+    holders: dict[ProcessKey, Holder] = field(default_factory=dict)
+    queue: WaitingQueue = field(default_factory=WaitingQueue)
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    # Counted per uid: connections that hold or await, live leases, waiting requests.
+    holders_by_uid: dict[int, int] = field(default_factory=dict)
+    leases_by_uid: dict[int, int] = field(default_factory=dict)
+    waiting_by_uid: dict[int, int] = field(default_factory=dict)
+    holding_clients: int = 0
+    # Draining leases do not count: these are live.
+    live_leases: int = 0
+    granted_total: int = 0
+    expired_total: int = 0
+    queued_total: int = 0
+
+    def devices_in_order(self) -> list[Device]:
+        """The GPUs that are present, by index."""
+        present = [device for device in self.devices.values() if device.present]
+        return sorted(present, key=lambda device: device.facts.index)
