@@ -1,0 +1,1 @@
+"""The host that the daemon runs on: settings on disk, the socket file, resource limits, signals."""

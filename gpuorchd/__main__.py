@@ -1,0 +1,49 @@
+"""The command `gpuorchd`: read flags and environment, then run the daemon until it ends.
+
+Nothing that costs start-up time is imported before it is known that the daemon is to run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from gpuorchd.command_line import read_command_line
+from gpuorchd.config import ConfigError, effective, read_config
+from gpuorchd.host.start import EXIT_CANNOT_START, EXIT_USAGE, StartError
+from libclient.version import VERSION
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 cannot start, 2 bad value, 70 bug."""
+    asked = read_command_line(sys.argv[1:] if argv is None else argv, VERSION)
+    try:
+        read = read_config(asked.flags, os.environ)
+    except ConfigError as error:
+        return _refuse(error, EXIT_USAGE)
+    if asked.check_config:
+        for warning in read.warnings:
+            sys.stderr.write(f"gpuorchd: {warning}\n")
+        sys.stdout.write(json.dumps(effective(read.config), indent=1) + "\n")
+        return 0
+    try:
+        from gpuorchd.daemon import run_daemon
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(("gpuorchd", "libclient")):
+            raise
+        return _refuse(f"{error.name} is missing; install gpuorchd[daemon]", EXIT_CANNOT_START)
+    try:
+        return run_daemon(read)
+    except StartError as error:
+        return _refuse(error, EXIT_CANNOT_START)
+
+
+def _refuse(reason: object, code: int) -> int:
+    sys.stderr.write(f"gpuorchd: {reason}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

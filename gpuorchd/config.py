@@ -1,0 +1,347 @@
+"""What the daemon is configured with: one table, from which all else about settings comes.
+
+Every field of `Config` is one setting with its environment variable, flag, kind of value, default
+and help. Reading the environment, the command line, `--help`, `--check-config` and the checks of
+docs/configuration.md and of the example env file all walk this table, so they cannot disagree. A
+flag goes before the environment, the environment before the default. An empty variable counts as
+unset.
+
+Nothing here opens, creates or asks anything but the group database; a value that cannot be is a
+`ConfigError` with one line for a person.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+from gpuorchd.core.model import NS_PER_S
+from gpuorchd.core.state import Limits
+from gpuorchd.host.kinds import (
+    CARDS,
+    FLAG,
+    GROUP,
+    LOG_FORMAT,
+    LOG_LEVEL,
+    MODE,
+    PATH,
+    Kind,
+    LogFormat,
+    LogLevel,
+    SimulatedCards,
+    seconds,
+    whole,
+)
+from libclient.wire.vocabulary import DEFAULT_SOCKET, SOCKET_VARIABLE
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+# Variables that begin so are ours: one that is not in the table is most likely misspelt.
+PREFIXES = ("GPUORCH_", "GPU_ORCHESTRATOR_")
+# Variables of the client library and CLI, which may stand in the same env file.
+CLIENT_VARIABLES = frozenset({"GPUORCH_AGENT"})
+
+DAY_S = 86_400
+YEAR_S = 365 * DAY_S
+COUNT_MAX = 1_000_000
+count = whole(1, COUNT_MAX)
+
+
+class Setting(NamedTuple):
+    """One row of the table. `default` None: see the help for what that means."""
+
+    name: str
+    section: str
+    variable: str
+    flag: str
+    kind: Kind[Any]  # each row has a kind of its own
+    default: object
+    help: str
+
+    @property
+    def shown_default(self) -> str:
+        """The default as it would be written, empty where there is none."""
+        return "" if self.default is None else self.kind.show(self.default)
+
+
+class ConfigError(Exception):
+    """A value that cannot be. `str()` is one line: where it stands, the value, what is allowed."""
+
+    def __init__(self, source: str, value: str, allowed: str) -> None:
+        super().__init__(f"{source} is {value!r}; allowed: {allowed}")
+        self.source = source
+        self.value = value
+        self.allowed = allowed
+
+
+def setting(section: str, variable: str, flag: str, kind: Kind[T], default: D, help: str) -> T | D:
+    """Declare one row of the table as a field of `Config`."""
+    row = (section, variable, flag, kind, default, help)
+    # The dataclass turns this into the default; to the type checker it is the value itself.
+    return cast("T | D", dataclasses.field(default=default, metadata={"row": row}))
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The effective configuration. Durations in seconds, memory in the unit of the name."""
+
+    socket: Path = setting(
+        "Socket", SOCKET_VARIABLE, "--socket", PATH, Path(DEFAULT_SOCKET),
+        "the Unix socket to listen on",
+    )
+    socket_group: int | None = setting(
+        "Socket", "GPUORCH_SOCKET_GROUP", "--socket-group", GROUP, None,
+        "the group that the socket file is given to; unset: the daemon's own",
+    )
+    socket_mode: int = setting(
+        "Socket", "GPUORCH_SOCKET_MODE", "--socket-mode", MODE, 0o660,
+        "who may open the socket, as the mode of its file",
+    )
+    admin_group: int | None = setting(
+        "Socket", "GPUORCH_ADMIN_GROUP", "--admin-group", GROUP, None,
+        "the group whose members may change policy, cordon and revoke; unset: only root and the "
+        "daemon's own user",
+    )
+    state_dir: Path | None = setting(
+        "State", "GPUORCH_STATE_DIR", "--state-dir", PATH, None,
+        "where settings made at run time are kept; $STATE_DIRECTORY of the service manager goes "
+        "before it; unset: $XDG_STATE_HOME/gpuorchd, else ~/.local/state/gpuorchd",
+    )
+    safe_mode: bool | None = setting(
+        "State", "SAFE_MODE", "--safe-mode", FLAG, None,
+        "start without touching a GPU and grant nothing; wins at a cold start and whenever it "
+        "differs from what the last start saw, else what was set at run time stands; unset: what "
+        "was set at run time, at first false",
+    )
+    simulate: SimulatedCards | None = setting(
+        "Devices", "GPUORCH_SIMULATE", "--simulate", CARDS, None,
+        "simulate cards in place of the real ones, count and MiB of each; unset: real ones",
+    )
+    simulate_drain_s: float = setting(
+        "Devices", "GPUORCH_SIMULATE_DRAIN_S", "--simulate-drain", seconds(0, 3_600), 0.1,
+        "how long after a lease's end its bytes on a simulated card come back",
+    )
+    enable_nvml: bool | None = setting(
+        "Devices", "ENABLE_NVML", "--enable-nvml", FLAG, None,
+        "unset: use NVML where it is found; true: its absence is a failed readiness check; false: "
+        "read only memory and processes",
+    )
+    enable_mps: bool | None = setting(
+        "Devices", "ENABLE_MPS", "--enable-mps", FLAG, None,
+        "unset: report CUDA MPS where it runs; true: its absence is a failed readiness check; "
+        "false: report it as off",
+    )
+    mps_pipe_directory: Path = setting(
+        "Devices", "CUDA_MPS_PIPE_DIRECTORY", "--mps-pipe-directory", PATH, Path("/tmp/nvidia-mps"),
+        "where the CUDA MPS control daemon has its pipes",
+    )
+    sample_period_s: float = setting(
+        "Devices", "GPUORCH_SAMPLE_PERIOD_S", "--sample-period", seconds(0.05, 60), 1.0,
+        "how often the GPUs are read while nothing happens",
+    )
+    reading_max_age_s: float = setting(
+        "Devices", "GPUORCH_READING_MAX_AGE_S", "--reading-max-age", seconds(0.1, 600), 3.0,
+        "a reading older than this is unknown and grants nothing; more than the sampling period",
+    )
+    nvml_deadline_s: float = setting(
+        "Devices", "GPUORCH_NVML_DEADLINE_S", "--nvml-deadline", seconds(0.1, 60), 2.0,
+        "how long the driver may take to answer before the process that asks it is abandoned",
+    )
+    lease_ttl_s: float = setting(
+        "Leases", "GPU_ORCHESTRATOR_LEASE_TTL", "--lease-ttl",
+        seconds(0, YEAR_S, meaning=" (0: no limit)"), 0.0,
+        "how long a lease lives without being renewed; 0: as long as its connection",
+    )
+    policy_ttl_s: float = setting(
+        "Leases", "GPU_ORCHESTRATOR_POLICY_TTL", "--policy-ttl", seconds(0, DAY_S), 30.0,
+        "how long clients keep the policy that they read; the daemon itself does not use it",
+    )
+    http_port: int = setting(
+        "HTTP", "GPU_ORCHESTRATOR_PORT", "--http-port",
+        whole(0, 65_535, meaning=" (0: no HTTP)"), 8014,
+        "the port of 127.0.0.1 with metrics, health and read-only state; 0: none",
+    )
+    max_connections: int = setting(
+        "Bounds", "GPUORCH_MAX_CONNECTIONS", "--max-connections", count, 4_096,
+        "open connections",
+    )
+    max_connections_per_uid: int = setting(
+        "Bounds", "GPUORCH_MAX_CONNECTIONS_PER_UID", "--max-connections-per-uid", count, 3_600,
+        "open connections of one user",
+    )
+    max_holders: int = setting(
+        "Bounds", "GPUORCH_MAX_HOLDERS", "--max-holders", count, Limits().holders,
+        "connections that hold or await a lease",
+    )
+    max_holders_per_uid: int = setting(
+        "Bounds", "GPUORCH_MAX_HOLDERS_PER_UID", "--max-holders-per-uid", count,
+        Limits().holders_per_uid,
+        "connections of one user that hold or await a lease",
+    )
+    max_processes: int = setting(
+        "Bounds", "GPUORCH_MAX_PROCESSES", "--max-processes", count, 1_024,
+        "processes that are watched for their end; each takes one descriptor",
+    )
+    max_leases: int = setting(
+        "Bounds", "GPUORCH_MAX_LEASES", "--max-leases", count, Limits().leases,
+        "live leases",
+    )
+    max_leases_per_uid: int = setting(
+        "Bounds", "GPUORCH_MAX_LEASES_PER_UID", "--max-leases-per-uid", count,
+        Limits().leases_per_uid,
+        "live leases of one user",
+    )
+    max_leases_per_connection: int = setting(
+        "Bounds", "GPUORCH_MAX_LEASES_PER_CONNECTION", "--max-leases-per-connection", count,
+        Limits().leases_per_connection,
+        "live leases of one connection",
+    )
+    max_waiting: int = setting(
+        "Bounds", "GPUORCH_MAX_WAITING", "--max-waiting", count, Limits().waiting,
+        "waiting requests",
+    )
+    max_waiting_per_uid: int = setting(
+        "Bounds", "GPUORCH_MAX_WAITING_PER_UID", "--max-waiting-per-uid", count,
+        Limits().waiting_per_uid,
+        "waiting requests of one user",
+    )
+    max_waiting_per_connection: int = setting(
+        "Bounds", "GPUORCH_MAX_WAITING_PER_CONNECTION", "--max-waiting-per-connection", count,
+        Limits().waiting_per_connection,
+        "waiting requests of one connection",
+    )
+    log_level: LogLevel = setting(
+        "Log", "GPUORCH_LOG_LEVEL", "--log-level", LOG_LEVEL, LogLevel.INFO,
+        "the least severe level that is logged",
+    )
+    log_format: LogFormat = setting(
+        "Log", "GPUORCH_LOG_FORMAT", "--log-format", LOG_FORMAT, LogFormat.AUTO,
+        "how log lines are written; auto: journal under the journal, console on a terminal, else "
+        "json",
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """The bounds that the core keeps."""
+        return Limits(
+            holders=self.max_holders,
+            holders_per_uid=self.max_holders_per_uid,
+            leases=self.max_leases,
+            leases_per_uid=self.max_leases_per_uid,
+            leases_per_connection=self.max_leases_per_connection,
+            waiting=self.max_waiting,
+            waiting_per_uid=self.max_waiting_per_uid,
+            waiting_per_connection=self.max_waiting_per_connection,
+        )
+
+    @property
+    def ttl_ns(self) -> int:
+        """A lease's time limit, 0 for none."""
+        return int(self.lease_ttl_s * NS_PER_S)
+
+    @property
+    def reading_max_age_ns(self) -> int:
+        """The age at which a reading becomes unknown."""
+        return int(self.reading_max_age_s * NS_PER_S)
+
+
+def _rows() -> Iterator[Setting]:
+    for field in dataclasses.fields(Config):
+        yield Setting(field.name, *field.metadata["row"])
+
+
+TABLE: tuple[Setting, ...] = tuple(_rows())
+
+
+class ReadConfig(NamedTuple):
+    """A configuration as read, and what a person should know about it.
+
+    `sources` names the flag or variable that each setting came from; a setting that stands at its
+    default is not in it. `warnings` are lines for the log.
+    """
+
+    config: Config
+    sources: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def read_config(flags: Mapping[str, str], environ: Mapping[str, str]) -> ReadConfig:
+    """Make the configuration of flags (texts by setting name) and environment.
+
+    Raises `ConfigError` for the first value that cannot be.
+    """
+    values: dict[str, object] = {}
+    sources: dict[str, str] = {}
+    for row in TABLE:
+        if row.name in flags:
+            source, text = row.flag, flags[row.name]
+        elif environ.get(row.variable, "").strip():
+            source, text = row.variable, environ[row.variable]
+        else:
+            continue
+        values[row.name] = _parse(row.kind, source, text)
+        sources[row.name] = source
+    given = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if given:
+        values["state_dir"] = _parse(PATH, "STATE_DIRECTORY", given)
+        sources["state_dir"] = "STATE_DIRECTORY"
+    elif "state_dir" not in values:
+        values["state_dir"] = _xdg_state_dir(environ)
+    config = Config(**values)  # type: ignore[arg-type]  # each value was read by its row's kind
+    _check_together(config, sources)
+    return ReadConfig(config, sources, tuple(_warnings(config, environ)))
+
+
+def _parse(kind: Kind[T], source: str, text: str) -> T:
+    try:
+        return kind.parse(text.strip())
+    except ValueError:
+        raise ConfigError(source, text, kind.allowed) from None
+
+
+def _xdg_state_dir(environ: Mapping[str, str]) -> Path:
+    named = Path(environ.get("XDG_STATE_HOME", ""))
+    # The convention has relative paths ignored.
+    if named.is_absolute():
+        return named / "gpuorchd"
+    return Path.home() / ".local" / "state" / "gpuorchd"
+
+
+def _check_together(config: Config, sources: Mapping[str, str]) -> None:
+    if config.reading_max_age_s <= config.sample_period_s:
+        source = sources.get("reading_max_age_s", "GPUORCH_READING_MAX_AGE_S")
+        period = sources.get("sample_period_s", "GPUORCH_SAMPLE_PERIOD_S")
+        raise ConfigError(
+            source,
+            f"{config.reading_max_age_s:g}",
+            f"more seconds than {period}, which is {config.sample_period_s:g}",
+        )
+
+
+def _warnings(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+    known = {row.variable for row in TABLE} | CLIENT_VARIABLES
+    for variable in sorted(environ):
+        if variable.startswith(PREFIXES) and variable not in known:
+            near = difflib.get_close_matches(variable, sorted(known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield f"{variable} is not a variable of this program and has no effect{hint}"
+    if config.max_holders > config.max_connections:
+        yield (
+            f"GPUORCH_MAX_HOLDERS ({config.max_holders}) is more than GPUORCH_MAX_CONNECTIONS "
+            f"({config.max_connections}), which is met first"
+        )
+
+
+def effective(config: Config) -> dict[str, object]:
+    """The configuration by setting name, in values that JSON has; a mode stays octal text."""
+    shown: dict[str, object] = {}
+    for row in TABLE:
+        value = getattr(config, row.name)
+        plain = value is None or (isinstance(value, int | float) and row.kind is not MODE)
+        shown[row.name] = value if plain else row.kind.show(value)
+    return shown

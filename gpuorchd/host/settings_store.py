@@ -1,0 +1,141 @@
+"""The settings store: carries out `PersistSettings` without making anybody wait for the disk.
+
+Owns one worker thread and at most two documents: the one that is being written and the newest that
+came meanwhile, which takes the place of any before it. `SettingsPersisted` goes to the core when
+the newest is on disk, or is not, so what the core then answers is true of everything it asked for.
+
+    PersistSettings -> bytes (this turn) -> worker: write, fsync, rename, fsync -> SettingsPersisted
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gpuorchd.core.effects import PersistSettings
+from gpuorchd.core.events import SettingsPersisted
+from gpuorchd.host.lock import HeldLock, hold_lock
+from gpuorchd.host.settings_file import (
+    FILE_NAME,
+    KeptSettings,
+    boot_id,
+    encode_settings,
+    load_settings,
+    write_atomically,
+)
+from gpuorchd.host.start import Report, StartError
+
+
+class SettingsStore:
+    """The state folder while the daemon runs. `failure`: why the newest write failed, if it did."""
+
+    def __init__(self, folder: Path, safe_mode_env: bool | None, report: Report) -> None:
+        self._path = folder / FILE_NAME
+        self._safe_mode_env = safe_mode_env
+        self._report = report
+        self._boot = boot_id()
+        self._lock: HeldLock | None = None
+        self._safe_mode = False
+        self._safe_mode_run_time: bool | None = None
+        self._worker: ThreadPoolExecutor | None = None
+        self._writing: asyncio.Future[None] | None = None
+        self._next: bytes | None = None
+        self._closed = False
+        self.failure: str | None = None
+
+    def open(self) -> KeptSettings:
+        """Take the folder, read what was kept, record what this start sees.
+
+        Blocks on the disk: call it before anybody is served. Raises `StartError` where the folder
+        cannot be had or a damaged file cannot be set aside.
+        """
+        folder = self._path.parent
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(f"cannot make the state folder {folder}: {error.strerror}") from None
+        self._lock = hold_lock(folder / "lock", folder)
+        kept = load_settings(self._path, self._safe_mode_env, self._boot)
+        if kept.set_aside is not None:
+            self._report(
+                "host.settings_set_aside",
+                path=str(self._path),
+                kept_as=str(kept.set_aside),
+                damage=kept.damage,
+            )
+        if kept.unknown_users:
+            self._report("host.users_unknown", users=list(kept.unknown_users))
+        self._safe_mode = kept.safe_mode
+        self._safe_mode_run_time = kept.safe_mode_run_time
+        first = {
+            "policy": kept.policy.document(),
+            "revision": kept.revision,
+            "safe_mode": kept.safe_mode,
+            "cordons": dict(kept.cordons),
+        }
+        try:
+            write_atomically(self._path, self._encode(first))
+        except OSError as error:
+            self._failed(error)
+        return kept
+
+    def persist(self, effect: PersistSettings, submit: Callable[[SettingsPersisted], None]) -> None:
+        """Write the effect's document and then submit `SettingsPersisted`. Call it on the loop."""
+        safe_mode = bool(effect.document["safe_mode"])
+        if safe_mode != self._safe_mode:
+            self._safe_mode = self._safe_mode_run_time = safe_mode
+        # Made now: the document may show the core's own maps, which change with the next event.
+        self._next = self._encode(effect.document)
+        if self._writing is None:
+            self._write_next(submit)
+
+    async def close(self) -> None:
+        """Wait until what was asked for is written, end the worker, give the folder up."""
+        while self._writing is not None:
+            await asyncio.wait([self._writing])
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _write_next(self, submit: Callable[[SettingsPersisted], None]) -> None:
+        data, self._next = self._next, None
+        assert data is not None, "a write was started with nothing to write"
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="settings")
+        loop = asyncio.get_running_loop()
+        self._writing = loop.run_in_executor(self._worker, write_atomically, self._path, data)
+        self._writing.add_done_callback(lambda written: self._written(written, submit))
+
+    def _written(
+        self, written: asyncio.Future[None], submit: Callable[[SettingsPersisted], None]
+    ) -> None:
+        self._writing = None
+        error = written.exception()
+        if self._next is not None:
+            self._write_next(submit)
+            return
+        if error is None:
+            self.failure = None
+            submit(SettingsPersisted())
+        elif isinstance(error, OSError):
+            submit(SettingsPersisted(self._failed(error)))
+        else:
+            raise error
+
+    def _failed(self, error: OSError) -> str:
+        self.failure = f"{self._path} cannot be written: {error.strerror}"
+        self._report("host.settings_unwritable", path=str(self._path), error=error.strerror)
+        return self.failure
+
+    def _encode(self, document: Mapping[str, object]) -> bytes:
+        return encode_settings(
+            document,
+            safe_mode_run_time=self._safe_mode_run_time,
+            safe_mode_env=self._safe_mode_env,
+            boot=self._boot,
+        )
