@@ -1,0 +1,253 @@
+"""The settings document: what comes back, what is set aside, and the rule of SAFE_MODE."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from gpuorchd.core.model import Peer, ProcessKey
+from gpuorchd.core.policy import Policy
+from gpuorchd.host.settings_file import (
+    KeptSettings,
+    encode_settings,
+    load_settings,
+    write_atomically,
+)
+from gpuorchd.host.start import StartError
+
+BOOT = "this boot"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "settings.json"
+
+
+def keep(
+    path: Path,
+    *,
+    policy: Policy | None = None,
+    revision: int = 1,
+    run_time: bool | None = None,
+    env: bool | None = None,
+    boot: str = BOOT,
+    cordons: dict[str, str] | None = None,
+) -> None:
+    document = {
+        "policy": (policy or Policy()).document(),
+        "revision": revision,
+        "safe_mode": bool(run_time),
+        "cordons": cordons or {},
+    }
+    write_atomically(
+        path,
+        encode_settings(document, safe_mode_run_time=run_time, safe_mode_env=env, boot=boot),
+    )
+
+
+def change(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_without_a_file_everything_is_at_its_default(path: Path) -> None:
+    assert load_settings(path, None, BOOT) == KeptSettings()
+
+
+def test_what_was_kept_comes_back_the_same(path: Path) -> None:
+    changes = {
+        "max_memory_per_agent_mb": 2_048,
+        "drain_timeout_s": 2.5,
+        "agents": {"analyst": {"priority": "critical", "users": ["root", 7], "units": ["a@*"]}},
+    }
+    policy = Policy().changed(changes, {"root": 0})
+    keep(path, policy=policy, revision=9, cordons={"GPU-1": "fan"})
+    kept = load_settings(path, None, BOOT)
+    assert kept.policy.document() == policy.document()
+    assert kept.policy.rule("analyst") == policy.rule("analyst")
+    assert kept.revision == 9
+    assert kept.cordons == {"GPU-1": "fan"}
+    assert kept.set_aside is None
+
+
+def test_the_file_is_for_its_owner_alone(path: Path) -> None:
+    keep(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+# What the environment sets now, what it set at the last start, what was set at run time since,
+# whether it is the same boot, and what SAFE_MODE then is.
+SAFE_MODE_RULE = [
+    # The environment says nothing: what was set at run time stands, over boots too.
+    (None, None, None, True, False),
+    (None, None, True, True, True),
+    (None, None, True, False, True),
+    (None, None, False, True, False),
+    # The same value as the last start saw: what was set at run time stands.
+    (True, True, False, True, False),
+    (False, False, True, True, True),
+    (True, True, None, True, True),
+    (False, False, None, True, False),
+    # A value that differs from what the last start saw wins.
+    (True, False, False, True, True),
+    (False, True, True, True, False),
+    (True, None, False, True, True),
+    (False, None, True, True, False),
+    # A cold start: the environment wins.
+    (True, True, False, False, True),
+    (False, False, True, False, False),
+    # The environment no longer sets what only it had set: nobody asked for SAFE_MODE.
+    (None, True, None, True, False),
+    (None, True, True, True, True),
+]
+
+
+@pytest.mark.parametrize(("env", "last_env", "run_time", "same_boot", "expected"), SAFE_MODE_RULE)
+def test_safe_mode_of_the_environment_wins_at_a_cold_start_and_when_it_has_changed(
+    path: Path,
+    env: bool | None,
+    last_env: bool | None,
+    run_time: bool | None,
+    same_boot: bool,
+    expected: bool,
+) -> None:
+    keep(path, run_time=run_time, env=last_env, boot=BOOT if same_boot else "another boot")
+    kept = load_settings(path, env, BOOT)
+    assert kept.safe_mode is expected
+    if kept.safe_mode_run_time is not None:
+        assert kept.safe_mode_run_time is run_time
+
+
+@pytest.mark.parametrize("env", [None, True, False])
+def test_safe_mode_without_a_file_is_that_of_the_environment(path: Path, env: bool | None) -> None:
+    assert load_settings(path, env, BOOT).safe_mode is bool(env)
+
+
+DAMAGES: list[tuple[bytes | dict[str, object], str]] = [
+    (b"", "is not JSON"),
+    (b"{", "is not JSON"),
+    (b"\xff\xfe", "is not JSON"),
+    (b"[" * 100_000, "is not JSON"),
+    (b'{"version": NaN}', "is not JSON"),
+    (b"[]", "is not a map"),
+    (b"{}", "has version None"),
+    ({"version": 2}, "has version 2; this daemon reads 1"),
+    ({"policy": []}, "has no usable policy"),
+    ({"policy": {"max_memory_per_agent_mb": 5}}, "max_memory_per_agent_mb"),
+    ({"policy": {"no_such_field": 1}}, "no_such_field"),
+    ({"policy": {"agents": {"a": {"users": [{}]}}}}, "agents.a.users"),
+    ({"revision": 0}, "has revision 0"),
+    ({"revision": True}, "has no usable revision"),
+    ({"revision": "1"}, "has no usable revision"),
+    ({"cordons": {"GPU-1": 3}}, "has a cordon"),
+    ({"cordons": None}, "has no usable cordons"),
+    ({"safe_mode_run_time": 1}, "has no usable safe_mode_run_time"),
+    ({"safe_mode_env": "true"}, "has no usable safe_mode_env"),
+    ({"boot_id": None}, "has no usable boot_id"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
+def test_a_damaged_file_is_set_aside_whole_and_the_reason_given(
+    path: Path, damage: bytes | dict[str, object], words: str
+) -> None:
+    keep(path, revision=5)
+    if isinstance(damage, bytes):
+        path.write_bytes(damage)
+    else:
+        change(path, **damage)
+    content = path.read_bytes()
+    kept = load_settings(path, True, BOOT)
+    assert kept.damage is not None
+    assert words in kept.damage
+    assert "\n" not in kept.damage
+    assert kept.set_aside is not None
+    assert kept.set_aside.parent == path.parent
+    assert kept.set_aside.read_bytes() == content
+    assert not path.exists()
+    assert (kept.policy, kept.revision, kept.safe_mode) == (Policy(), 1, True)
+
+
+def test_files_set_aside_in_the_same_second_do_not_replace_each_other(path: Path) -> None:
+    asides = set()
+    for number in range(3):
+        path.write_text(f"damage {number}")
+        asides.add(load_settings(path, None, BOOT).set_aside)
+    assert len(asides) == 3
+    assert sorted(aside.read_text() for aside in asides if aside) == [
+        "damage 0",
+        "damage 1",
+        "damage 2",
+    ]
+
+
+def test_something_that_cannot_be_read_is_set_aside(path: Path) -> None:
+    path.mkdir()
+    kept = load_settings(path, None, BOOT)
+    assert kept.set_aside is not None
+    assert kept.set_aside.is_dir()
+    assert "cannot be read" in str(kept.damage)
+
+
+def test_a_damaged_file_that_cannot_be_set_aside_stops_the_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_text("damage")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StartError, match="cannot be set aside: Permission denied"):
+        load_settings(path, None, BOOT)
+    assert path.read_text() == "damage"
+
+
+def test_a_user_that_is_gone_is_named_and_matches_nobody(path: Path) -> None:
+    policy = Policy().changed({"agents": {"a": {"users": ["ghost-1", 5]}}}, {"ghost-1": 4_321})
+    keep(path, policy=policy)
+    kept = load_settings(path, None, BOOT)
+    assert kept.unknown_users == ("ghost-1",)
+    rule = kept.policy.rule("a")
+    assert rule.admits(Peer(ProcessKey(1, 1), uid=5))
+    assert not rule.admits(Peer(ProcessKey(1, 1), uid=4_321))
+    # The name stays in the policy: the user may come back.
+    assert kept.policy.document() == policy.document()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(path, b"old")
+
+    def fail(_fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_file_is_replaced_only_once_its_bytes_are_on_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watch_fsync(fd: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        fsync(fd)
+
+    def watch_replace(source: Path, target: Path) -> None:
+        steps.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "replace", watch_replace)
+    write_atomically(path, b"new")
+    assert steps == ["file", "rename", "folder"]
