@@ -107,7 +107,8 @@ def seconds(low: float, high: float, *, meaning: str = "") -> Kind[float]:
             raise ValueError
         return value
 
-    return Kind(parse, f"seconds from {low:g} to {high:g}{meaning}", "SECONDS", lambda s: f"{s:g}")
+    allowed = f"seconds from {low:.15g} to {high:.15g}{meaning}"
+    return Kind(parse, allowed, "SECONDS", lambda value: f"{value:.15g}")
 
 
 def choice(words: type[E]) -> Kind[E]:

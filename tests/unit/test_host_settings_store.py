@@ -165,11 +165,11 @@ async def test_every_start_records_what_its_environment_said(tmp_path: Path) -> 
         await store.close()
 
 
-async def test_a_damaged_file_is_reported_with_both_names(tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_with_both_names(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text("garbage")
     told = Told()
     store = open_store(tmp_path, told)
-    await store.close()
+    asyncio.run(store.close())
     ((event, fields),) = told.reports
     assert event == "host.settings_set_aside"
     assert fields["path"] == str(tmp_path / FILE_NAME)

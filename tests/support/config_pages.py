@@ -1,0 +1,76 @@
+"""The pages about settings, made from the table that the daemon reads.
+
+`python -m tests.support.config_pages` writes the table of docs/configuration.md and the example env
+file anew; the tests fail while either differs from what this makes.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from gpuorchd.config import TABLE
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "configuration.md"
+EXAMPLE = ROOT / "systemd" / "gpu_orchestrator.env.example"
+
+BEGIN = "<!-- settings: made from gpuorchd/config.py -->"
+END = "<!-- end of settings -->"
+
+EXAMPLE_HEADER = """\
+# Environment of gpuorchd: copy to /etc/justnews/gpu_orchestrator.env and uncomment what differs.
+#
+# Every line that is commented out shows the default; one without a value is unset by default. A
+# flag on the command line goes before a variable, and a variable that is set to nothing counts as
+# unset. A value that cannot be stops the start with a message that names it;
+# `gpuorchd --check-config` shows what all of it comes to. Agents read GPUORCH_SOCKET and
+# GPU_ORCHESTRATOR_POLICY_TTL from the same names.
+"""
+
+
+def settings_tables() -> str:
+    """Make the tables of docs/configuration.md, one for each section."""
+    lines: list[str] = []
+    section = ""
+    for row in TABLE:
+        if row.section != section:
+            section = row.section
+            lines += ["", f"### {section}", ""]
+            lines += ["| variable | flag | takes | default | what it is |", "|---|---|---|---|---|"]
+        default = f"`{row.shown_default}`" if row.shown_default else "unset"
+        lines.append(
+            f"| `{row.variable}` | `{row.flag}` | {row.kind.allowed} | {default} | {row.help} |"
+        )
+    return "\n".join(lines).strip()
+
+
+def env_example() -> str:
+    """Make the whole example env file."""
+    parts = [EXAMPLE_HEADER]
+    section = ""
+    for row in TABLE:
+        if row.section != section:
+            section = row.section
+            parts.append(f"# --- {section} ---\n")
+        text = f"{row.help[0].upper()}{row.help[1:]}. Takes {row.kind.allowed}."
+        comment = textwrap.fill(text, 96, initial_indent="# ", subsequent_indent="# ")
+        parts.append(f"{comment}\n#{row.variable}={row.shown_default}\n")
+    return "\n".join(parts)
+
+
+def page_with_tables(page: str) -> str:
+    """Put the tables between the marks of the page."""
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{settings_tables()}\n\n{END}{after}"
+
+
+def write() -> None:
+    """Write both files anew."""
+    PAGE.write_text(page_with_tables(PAGE.read_text()))
+    EXAMPLE.write_text(env_example())
+
+
+if __name__ == "__main__":
+    write()
