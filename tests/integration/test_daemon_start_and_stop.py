@@ -1,0 +1,237 @@
+"""The daemon's start and end, seen from outside."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon_process import (
+    ROOT,
+    DaemonProcess,
+    running_daemon,
+    wait_until,
+)
+
+SIMULATED = ("--simulate", "1x24576")
+# The contract: without a descriptor store the daemon exits 0 within 5 s of SIGTERM.
+STOP_PROMISE_S = 5.0
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    with running_daemon(tmp_path, *SIMULATED) as running:
+        yield running
+
+
+def test_a_daemon_that_has_answered_grants(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        assert client.ask("health")["status"] == "ok"
+        grant = client.ask("lease", agent="analyst", min_memory_mb=1_024)
+        assert grant["granted"] is True
+        assert client.ask("ready")["ready"] is True
+
+
+def test_the_start_is_logged_once_with_who_and_where(daemon: DaemonProcess) -> None:
+    started = daemon.wait_for_log("daemon.started")
+    assert started["pid"] == daemon.pid
+    assert started["socket"] == str(daemon.socket)
+    assert started["safe_mode"] is False
+    assert len(daemon.logged("daemon.started")) == 1
+
+
+def test_the_socket_file_has_its_mode(daemon: DaemonProcess) -> None:
+    assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o660
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_answers_waiters_tells_holders_and_exits_0_in_time(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with running_daemon(tmp_path, *SIMULATED) as daemon:
+        with daemon.client() as holder, daemon.client() as waiter:
+            assert holder.ask("lease", agent="a", min_memory_mb=20_000)["granted"]
+            waiter.send("lease", id="w", agent="b", min_memory_mb=20_000, wait_s=600)
+            waiter.event("lease.queued")
+            began = time.monotonic()
+            daemon.signal(number)
+            answer = waiter.reply()
+            holder.event("daemon.stopping")
+            assert holder.receive() is None
+            assert daemon.wait() == 0
+            assert time.monotonic() - began < STOP_PROMISE_S
+        assert answer["id"] == "w"
+        assert answer["error"]["code"] == "shutting_down"
+        assert not daemon.socket.exists()
+
+
+def test_a_holder_that_never_reads_does_not_delay_the_stop(daemon: DaemonProcess) -> None:
+    with daemon.client() as silent:
+        # More answers than a socket takes: some of them stay unsent in the daemon.
+        silent.send_until_full("gpu_info")
+        began = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - began < STOP_PROMISE_S
+
+
+def test_a_hangup_changes_nothing(daemon: DaemonProcess) -> None:
+    daemon.signal(signal.SIGHUP)
+    daemon.wait_for_log("daemon.hangup_ignored")
+    with daemon.client() as client:
+        assert client.ask("health")["status"] == "ok"
+    assert daemon.stop() == 0
+
+
+def test_a_second_daemon_refuses_to_start_and_says_who_is_there(daemon: DaemonProcess) -> None:
+    second = DaemonProcess(daemon.folder, *SIMULATED)
+    try:
+        assert second.wait() == 1
+    finally:
+        second.end()
+    (line,) = [line for line in second.output().splitlines() if line.startswith("gpuorchd: ")]
+    assert f"another daemon (pid {daemon.pid})" in line
+    assert str(daemon.socket) in line
+    with daemon.client() as client:
+        assert client.ask("health")["status"] == "ok"
+
+
+def test_a_second_daemon_with_the_same_state_folder_refuses_to_start(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    second = DaemonProcess(other, *SIMULATED, "--state-dir", str(daemon.state))
+    try:
+        assert second.wait() == 1
+    finally:
+        second.end()
+    assert f"another daemon (pid {daemon.pid}) has {daemon.state}" in second.output()
+    assert not second.socket.exists()
+
+
+def test_a_killed_daemon_leaves_a_stale_socket_that_the_next_takes_over(tmp_path: Path) -> None:
+    with running_daemon(tmp_path, *SIMULATED) as first:
+        first.signal(signal.SIGKILL)
+        assert first.wait() == -signal.SIGKILL
+        assert first.socket.exists()
+    with running_daemon(tmp_path, *SIMULATED) as second, second.client() as client:
+        assert client.ask("health")["status"] == "ok"
+
+
+def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("somebody's")
+    daemon = DaemonProcess(tmp_path, *SIMULATED)
+    try:
+        assert daemon.wait() == 1
+    finally:
+        daemon.end()
+    assert "is not a socket" in daemon.output()
+    assert (tmp_path / "s").read_text() == "somebody's"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("GPU_ORCHESTRATOR_PORT", "eighty"),
+        ("GPU_ORCHESTRATOR_LEASE_TTL", "-1"),
+        ("SAFE_MODE", "perhaps"),
+        ("ENABLE_NVML", "maybe"),
+        ("GPUORCH_SIMULATE", "lots"),
+        ("GPUORCH_MAX_HOLDERS", "0"),
+    ],
+)
+def test_a_bad_value_stops_the_start_before_anything_is_made(
+    tmp_path: Path, variable: str, value: str
+) -> None:
+    daemon = DaemonProcess(tmp_path, environ={variable: value})
+    try:
+        assert daemon.wait() == 2
+    finally:
+        daemon.end()
+    (line,) = daemon.output().splitlines()
+    assert line.startswith(f"gpuorchd: {variable} is {value!r}; allowed: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"daemon.log"}
+
+
+def test_a_misspelt_variable_is_warned_of_in_the_log(tmp_path: Path) -> None:
+    with running_daemon(tmp_path, *SIMULATED, environ={"GPUORCH_SOKET": "/x"}) as daemon:
+        warned = daemon.wait_for_log("config.value_warned")
+        assert "did you mean GPUORCH_SOCKET?" in warned["warning"]
+
+
+def test_too_few_open_files_lower_the_bounds_loudly(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with running_daemon(
+        tmp_path,
+        *SIMULATED,
+        environ={
+            "GPUORCH_MAX_CONNECTIONS": str(10**6),
+            "GPUORCH_MAX_CONNECTIONS_PER_UID": str(10**6),
+            "GPUORCH_MAX_PROCESSES": str(10**6),
+        },
+    ) as daemon:
+        lowered = daemon.wait_for_log("host.bounds_lowered")
+        assert lowered["level"] in ("warning", "error")
+        assert lowered["needed_files"] > 2 * 10**6
+        assert lowered["open_files"] < 2 * 10**6
+        assert lowered["max_connections"] < 10**6
+        limits = Path(f"/proc/{daemon.pid}/limits").read_text()
+        assert f"{lowered['open_files']}" in limits
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+
+
+def test_the_state_folder_of_the_service_manager_is_used(tmp_path: Path) -> None:
+    managed = tmp_path / "managed"
+    with running_daemon(tmp_path, *SIMULATED, environ={"STATE_DIRECTORY": str(managed)}) as daemon:
+        assert (managed / "settings.json").exists()
+        assert not daemon.state.exists()
+
+
+def test_two_stops_in_a_row_end_it_at_once(daemon: DaemonProcess) -> None:
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.process.send_signal(signal.SIGTERM)
+    # 0 where the first was already done with, else the code for a stop that was cut short.
+    assert daemon.wait(STOP_PROMISE_S) in (0, 1)
+
+
+def test_a_start_without_gpus_answers_and_leases_nothing(tmp_path: Path) -> None:
+    with running_daemon(tmp_path) as daemon, daemon.client() as client:
+        wait_until(lambda: bool(client.ask("ready")["ready"]), "ready without a GPU")
+        info = client.ask("gpu_info")
+        if info["available"]:
+            pytest.skip("needs a host without a GPU, this has a GPU")
+        assert info["message"]
+        denial = client.ask("lease", agent="a", min_memory_mb=1_024, wait_s=60)
+        assert (denial["granted"], denial["note"]) == (False, "NO_GPU")
+
+
+def test_neither_a_start_nor_safe_mode_opens_the_driver_in_the_daemon(tmp_path: Path) -> None:
+    safe = {"SAFE_MODE": "true"}
+    with running_daemon(tmp_path, environ=safe) as daemon, daemon.client() as client:
+        info = client.ask("gpu_info")
+        assert info["available"] is False
+        assert "SAFE_MODE" in info["message"]
+        assert "libnvidia-ml" not in Path(f"/proc/{daemon.pid}/maps").read_text()
+        children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text()
+        assert children.strip() == ""
+
+
+def test_the_command_says_what_is_missing_where_the_daemon_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text("raise ModuleNotFoundError(name='uvloop')")
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuorchd", "--socket", str(tmp_path / "s")],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "gpuorchd: uvloop is missing; install gpuorchd[daemon]\n"
