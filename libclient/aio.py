@@ -1,0 +1,380 @@
+"""The asyncio client: the same names as the blocking one, to be awaited.
+
+What takes time is both awaitable and an async context manager:
+
+    async with libclient.aio.lease("analyst", "2GiB") as lease: ...
+    client = await libclient.aio.connect()
+
+Cancelling a task that waits for a lease gives the lease back, whether or not it was granted
+meanwhile. A client belongs to the loop it was made on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
+from time import monotonic
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+from libclient import operations
+from libclient.asking import lease_fields
+from libclient.decision import Decision, Event, EventHandler
+from libclient.drive_async import drive
+from libclient.errors import ForkedClient, NotGranted, RequestError, Unavailable
+from libclient.framework import empty_cache
+from libclient.link_async import AsyncLink
+from libclient.operations import ANSWER_S
+from libclient.policy_cache import cache_for, no_gpu_info
+from libclient.tickets import Subscription
+from libclient.where import socket_path
+
+# As good as no limit.
+FOREVER_S = 2_000_000.0
+
+
+class _Closable(Protocol):
+    """What `async with` can leave."""
+
+    async def aclose(self) -> None:
+        """End it."""
+
+
+C = TypeVar("C", bound=_Closable)
+
+
+class Opening(Generic[C]):
+    """Something that is being opened: await it, or enter it with `async with`."""
+
+    def __init__(self, opened: Callable[[], Awaitable[C]]) -> None:
+        self._open = opened
+        self._value: C | None = None
+
+    def __await__(self) -> Generator[Any, None, C]:
+        """Open it."""
+        return self._open().__await__()
+
+    async def __aenter__(self) -> C:
+        """Open it for the length of the block."""
+        self._value = await self._open()
+        return self._value
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End it."""
+        if self._value is not None:
+            await self._value.aclose()
+
+
+class AsyncLease(Decision):
+    """A lease, or the reason why there is none; see `Decision` for the fields.
+
+    It lives until `release`, the end of its connection or of the process, or until the daemon ends
+    it.
+    """
+
+    __slots__ = ("__weakref__", "_client", "_owned")
+
+    def __init__(
+        self, client: AsyncClient | None, on_event: EventHandler | None, owned: bool
+    ) -> None:
+        super().__init__(on_event)
+        self._client = client
+        self._owned = owned
+
+    async def release(self) -> None:
+        """Give the memory back; idempotent, and never raises for the daemon's part.
+
+        Empties the cache of a framework that is loaded first. Raises ForkedClient in a child.
+        """
+        client = self._client
+        if client is None:
+            return
+        if client.link.forked:
+            raise ForkedClient
+        try:
+            if self.live:
+                empty_cache()
+                await drive(client.link, operations.release(client.link.session, self), ANSWER_S)
+        finally:
+            if self._owned:
+                client.close()
+
+    async def aclose(self) -> None:
+        """Release, except in a forked child, which has nothing to release."""
+        if self._client is not None and not self._client.link.forked:
+            await self.release()
+
+    async def __aenter__(self) -> AsyncLease:
+        """Return the lease, granted or not."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release."""
+        await self.aclose()
+
+
+class AsyncClient:
+    """One connection to the daemon, for any number of tasks of one loop.
+
+    Its leases end with it. When the daemon goes away it stays of no use: connect anew. Made by
+    `connect`.
+    """
+
+    def __init__(self, path: str, link: AsyncLink) -> None:
+        self.path = path
+        self.link = link
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is gone, whoever ended it."""
+        return self.link.sock.fileno() < 0
+
+    def fileno(self) -> int:
+        """Return the connection's descriptor, -1 once closed. It stays the client's."""
+        return self.link.sock.fileno()
+
+    async def call(
+        self, op: str, *, timeout_s: float | None = None, **fields: object
+    ) -> dict[str, Any]:
+        """Ask for any op of the wire contract; return the fields of the reply.
+
+        `timeout_s` None is 2 s, plus `wait_s` where the fields have one. Raises RequestError for a
+        refusal, Unavailable where no answer came.
+        """
+        if timeout_s is None:
+            wait_s = fields.get("wait_s")
+            timeout_s = ANSWER_S + (wait_s if isinstance(wait_s, int | float) else 0.0)
+        return await drive(
+            self.link, operations.call(self.link.session, op, fields), min(timeout_s, FOREVER_S)
+        )
+
+    def lease(
+        self,
+        agent: str,
+        memory: str | float | None = None,
+        *,
+        gpus: int = 1,
+        exclusive: bool = False,
+        priority: str | None = None,
+        wait_s: float = 0,
+        devices: Sequence[str | int] | None = None,
+        preemptible: bool = False,
+        expected_s: float | None = None,
+        purpose: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        required: bool = False,
+        on_event: EventHandler | None = None,
+    ) -> Opening[AsyncLease]:
+        """Ask for GPU memory; the lease says GPU or CPU, and why.
+
+        Arguments and outcomes are those of the blocking `Client.lease`. `on_event` is called by
+        the loop.
+        """
+        fields = lease_fields(
+            agent, memory, gpus, exclusive, priority, wait_s, devices, preemptible, expected_s,
+            purpose, labels,
+        )  # fmt: skip
+        session = self.link.session
+
+        def ask() -> Awaitable[AsyncLease]:
+            held = AsyncLease(self, on_event, False)
+            operation = operations.lease(session, held, fields, required)
+            return drive(self.link, operation, ANSWER_S + wait_s)
+
+        return Opening(ask)
+
+    async def explain(
+        self, agent: str, memory: str | float | None = None, **fields: Any
+    ) -> dict[str, Any]:
+        """Ask what `lease` would answer now; takes what it takes, and changes nothing."""
+        asked = lease_fields(agent, memory, **fields)
+        return await self.call("explain", timeout_s=ANSWER_S, **asked)
+
+    async def release(self, lease: AsyncLease | str) -> None:
+        """Release a lease of this connection, given as such or by its token.
+
+        By token it raises as `call` does; an `AsyncLease` is released as by its own `release`.
+        """
+        if isinstance(lease, str):
+            held = self.link.session.by_token(lease)
+            if not isinstance(held, AsyncLease):
+                await self.call("release", token=lease)
+                return
+            lease = held
+        await lease.release()
+
+    async def gpu_info(self) -> dict[str, Any]:
+        """Return the GPUs as the daemon sees them; falls back as the blocking client does."""
+        try:
+            return await self.call("gpu_info")
+        except (Unavailable, RequestError) as fault:
+            return no_gpu_info(fault)
+
+    async def get_policy(self) -> dict[str, Any]:
+        """Return the policy; cached, and falls back, as the blocking client does."""
+        cache = cache_for(self.path)
+        document = cache.get(monotonic())
+        if document is not None:
+            return document
+        try:
+            reply: dict[str, Any] | str = await self.call("policy_get")
+        except (Unavailable, RequestError) as fault:
+            reply = str(fault)
+        return cache.put(reply, monotonic())
+
+    def events(self, topics: Sequence[str] | None = None) -> AsyncEventStream:
+        """Return an async iterator over events; it subscribes when it is first asked."""
+        return AsyncEventStream(self, topics)
+
+    def close(self) -> None:
+        """Close the connection; every lease and wait of it ends. Idempotent."""
+        self.link.close()
+
+    async def aclose(self) -> None:
+        """Close."""
+        self.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class AsyncEventStream(AsyncIterator[Event]):
+    """The events of one subscription, as maps; see the blocking `EventStream`."""
+
+    def __init__(self, client: AsyncClient, topics: Sequence[str] | None) -> None:
+        self._link = client.link
+        self._topics = topics
+        self._subscription: Subscription | None = None
+
+    async def open(self) -> None:
+        """Subscribe now, where events from this moment on are wanted. Raises as `call` does."""
+        if self._subscription is None:
+            operation = operations.subscribe(self._link.session, self._topics)
+            self._subscription = await drive(self._link, operation, ANSWER_S)
+
+    async def __anext__(self) -> Event:
+        """Return the next event. Raises Unavailable once the connection is gone."""
+        await self.open()
+        assert self._subscription is not None
+        operation = operations.next_event(self._link.session, self._subscription)
+        return await drive(self._link, operation, FOREVER_S)
+
+    async def aclose(self) -> None:
+        """End the subscription; the connection stays. Idempotent."""
+        if self._subscription is not None:
+            operation = operations.unsubscribe(self._link.session, self._subscription)
+            await drive(self._link, operation, ANSWER_S)
+
+    async def __aenter__(self) -> AsyncEventStream:
+        """Subscribe."""
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the subscription."""
+        await self.aclose()
+
+
+def connect(socket: str | None = None, *, timeout_s: float = ANSWER_S) -> Opening[AsyncClient]:
+    """Connect to the daemon at `socket` (else GPUORCH_SOCKET, else the default path).
+
+    Raises Unavailable, with the reason, if that takes longer than `timeout_s` or cannot be.
+    """
+    return Opening(lambda: _connect(socket_path(socket), timeout_s))
+
+
+async def _connect(path: str, timeout_s: float) -> AsyncClient:
+    link = AsyncLink()
+    await link.connect(path, monotonic() + timeout_s)
+    return AsyncClient(path, link)
+
+
+def lease(
+    agent: str,
+    memory: str | float | None = None,
+    *,
+    socket: str | None = None,
+    required: bool = False,
+    wait_s: float = 0,
+    on_event: EventHandler | None = None,
+    **fields: Any,
+) -> Opening[AsyncLease]:
+    """Ask for a lease on a connection of its own, which its end closes.
+
+    The arguments and the result are those of `AsyncClient.lease`; without a daemon the lease is for
+    the CPU too. Connecting is part of the 2 s.
+    """
+    asked = lease_fields(agent, memory, wait_s=wait_s, **fields)
+    path = socket_path(socket)
+
+    async def ask() -> AsyncLease:
+        end_s = monotonic() + ANSWER_S + wait_s
+        try:
+            client = await _connect(path, ANSWER_S)
+        except Unavailable as fault:
+            if required:
+                raise NotGranted(fault.reason, fault.detail) from None
+            decision = AsyncLease(None, on_event, True)
+            decision.refuse(fault.reason, fault.detail)
+            return decision
+        held = AsyncLease(client, on_event, True)
+        try:
+            operation = operations.lease(client.link.session, held, asked, required)
+            return await drive(client.link, operation, end_s - monotonic())
+        finally:
+            if not held.live:
+                client.close()
+
+    return Opening(ask)
+
+
+async def gpu_info(socket: str | None = None) -> dict[str, Any]:
+    """Return what `AsyncClient.gpu_info` returns, on a connection of its own, within 2 s in all."""
+    try:
+        return await _ask_once(socket_path(socket), "gpu_info")
+    except (Unavailable, RequestError) as fault:
+        return no_gpu_info(fault)
+
+
+async def get_policy(socket: str | None = None) -> dict[str, Any]:
+    """Return what `AsyncClient.get_policy` returns, within 2 s in all."""
+    path = socket_path(socket)
+    cache = cache_for(path)
+    document = cache.get(monotonic())
+    if document is not None:
+        return document
+    try:
+        reply: dict[str, Any] | str = await _ask_once(path, "policy_get")
+    except (Unavailable, RequestError) as fault:
+        reply = str(fault)
+    return cache.put(reply, monotonic())
+
+
+async def _ask_once(path: str, op: str) -> dict[str, Any]:
+    end_s = monotonic() + ANSWER_S
+    async with connect(path) as client:
+        return await client.call(op, timeout_s=max(0.0, end_s - monotonic()))

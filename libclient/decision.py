@@ -1,0 +1,192 @@
+"""The answer to "GPU or CPU, and why": what a caller holds after it asked for a lease.
+
+Owns the fields of `Lease` and `AsyncLease` alike and how a grant, a refusal and later events change
+them. Has no connection: releasing is the business of the classes built on it. Fails closed: a
+decision is for the CPU until a whole, well-formed grant has come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Event = dict[str, Any]
+EventHandler = Callable[[Event], None]
+
+CUDA_DEVICE = "cuda:0"
+CPU_DEVICE = "cpu"
+# An agent that is told to use the CPU sets this, so that no framework starts CUDA by itself.
+_HIDE_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+class Malformed(Exception):
+    """A reply or event that breaks the contract. Its text says in what way."""
+
+
+class Decision:
+    """GPU or CPU, and why.
+
+    granted: whether GPU memory is (or was) held. device: `cuda:0` or `cpu`.
+    reason: empty when granted, else a note of the wire contract, an error code in capitals, or
+        NO_DAEMON, TIMEOUT, GARBAGE. detail: the same for people. reasons, eta_s: as on the wire.
+    lease_id, token, gpus, memory_mb (per GPU), enforcement, expires_at (unix seconds or None): of
+        the grant; None or empty without one.
+    revoking: the daemon wants it back, by deadline (unix seconds).
+    ended: None while the lease lives, else why it does not (`released`, `expired`, ...).
+    """
+
+    __slots__ = (
+        "_reply",
+        "deadline",
+        "detail",
+        "ended",
+        "expires_at",
+        "granted",
+        "lease_id",
+        "on_event",
+        "reason",
+        "renew_at",
+        "renewing",
+        "revoking",
+        "token",
+        "ttl_s",
+    )
+
+    def __init__(self, on_event: EventHandler | None = None) -> None:
+        self.on_event = on_event
+        self.granted = False
+        self.reason = ""
+        self.detail = ""
+        self.lease_id: str | None = None
+        self.token: str | None = None
+        self.expires_at: float | None = None
+        self.ended: str | None = None
+        self.revoking = False
+        self.deadline: float | None = None
+        # When to renew, on the driver's monotonic clock, and for how long that is good.
+        self.renew_at: float | None = None
+        self.ttl_s = 0.0
+        self.renewing = False
+        self._reply: dict[str, Any] = {}
+
+    @property
+    def device(self) -> str:
+        """`cuda:0` for a grant whose `env` is applied before CUDA starts, else `cpu`."""
+        return CUDA_DEVICE if self.granted else CPU_DEVICE
+
+    @property
+    def gpus(self) -> list[dict[str, Any]]:
+        """What is held, by GPU: `index`, `uuid`, `memory_mb`."""
+        return list(self._reply["gpus"]) if self.granted else []
+
+    @property
+    def memory_mb(self) -> int:
+        """MiB that may be used on each GPU; 0 without a grant."""
+        return int(self._reply["gpus"][0]["memory_mb"]) if self.granted else 0
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What the process must set before CUDA starts; on the CPU, what hides the GPUs."""
+        return dict(self._reply["env"] if self.granted else _HIDE_GPUS)
+
+    @property
+    def enforcement(self) -> str | None:
+        """How the bytes are enforced: `driver`, `mps` or `advisory`."""
+        return self._reply.get("enforcement") if self.granted else None
+
+    @property
+    def waited_s(self) -> float:
+        """How long the request waited, as the daemon says."""
+        return float(self._reply.get("waited_s") or 0.0)
+
+    @property
+    def reasons(self) -> list[dict[str, Any]]:
+        """Why each GPU did not serve the request: `gpu`, `reason`, `detail`."""
+        return list(self._reply.get("reasons") or ())
+
+    @property
+    def eta_s(self) -> float | None:
+        """In how many seconds it might be granted, where the daemon knows."""
+        return self._reply.get("eta_s")
+
+    @property
+    def live(self) -> bool:
+        """Whether the lease is held now, as far as this process has heard."""
+        return self.granted and self.ended is None
+
+    def settle(self, reply: dict[str, Any], now_s: float) -> None:
+        """Take the daemon's answer. Raises `Malformed`, and changes nothing, if it is not one."""
+        if reply.get("granted") is True:
+            expires_at = reply.get("expires_at")
+            _check_grant(reply, expires_at)
+            self._reply = reply
+            self.lease_id = reply["lease_id"]
+            self.token = reply["token"]
+            if expires_at is not None:
+                self.expires_at = float(expires_at)
+                self.ttl_s = max(0.0, self.expires_at - float(reply["timestamp"]))
+                self.renew_at = now_s + self.ttl_s / 3
+            self.granted = True
+            return
+        note = reply.get("note")
+        if reply.get("granted") is not False or type(note) is not str:
+            raise Malformed("a lease reply is neither a grant nor a refusal")
+        self._reply = reply
+        self.refuse(note, _in_words(reply))
+
+    def refuse(self, reason: str, detail: str) -> None:
+        """Go on with the CPU."""
+        self.reason = reason
+        self.detail = detail
+
+    def renewed(self, expires_at: object, now_s: float) -> None:
+        """Take the answer to a renewal: unix seconds, or None for no limit any more."""
+        self.renewing = False
+        if type(expires_at) is float or type(expires_at) is int:
+            self.expires_at = float(expires_at)
+            self.renew_at = now_s + self.ttl_s / 3
+        else:
+            self.expires_at = self.renew_at = None
+
+    def __repr__(self) -> str:
+        """Say all but the token: it is a secret, and this ends up in logs."""
+        kind = type(self).__name__
+        if not self.granted:
+            return f"<{kind} device={self.device!r} reason={self.reason!r}>"
+        state = self.ended or ("revoking" if self.revoking else "held")
+        return (
+            f"<{kind} {self.lease_id} device={self.device!r} memory_mb={self.memory_mb} "
+            f"gpus={[gpu['index'] for gpu in self.gpus]} {state}>"
+        )
+
+
+def _check_grant(reply: dict[str, Any], expires_at: object) -> None:
+    if type(reply.get("lease_id")) is not str or type(reply.get("token")) is not str:
+        raise Malformed("a grant has no lease_id or no token")
+    gpus = reply.get("gpus")
+    if type(gpus) is not list or not gpus:
+        raise Malformed("a grant names no GPUs")
+    for gpu in gpus:
+        if type(gpu) is not dict or type(gpu.get("memory_mb")) is not int:
+            raise Malformed("a grant names a GPU without its memory_mb")
+        if type(gpu.get("uuid")) is not str or type(gpu.get("index")) is not int:
+            raise Malformed("a grant names a GPU without its uuid or index")
+    env = reply.get("env")
+    if type(env) is not dict:
+        raise Malformed("a grant has no env")
+    for value in env.values():
+        if type(value) is not str:
+            raise Malformed("a grant's env holds something other than strings")
+    if expires_at is not None and not (
+        type(expires_at) in (float, int) and type(reply.get("timestamp")) in (float, int)
+    ):
+        raise Malformed("a grant's expires_at or timestamp is not a time")
+
+
+def _in_words(reply: dict[str, Any]) -> str:
+    said = []
+    for reason in reply.get("reasons") or ():
+        if isinstance(reason, dict) and reason.get("detail"):
+            index = reason.get("gpu")
+            said.append(f"{'host' if index is None else f'gpu {index}'}: {reason['detail']}")
+    return "; ".join(said)

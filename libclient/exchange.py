@@ -1,0 +1,295 @@
+"""One blocking connection, shared by the threads of a process.
+
+A thread inside an operation reads for itself, so no hand-over is paid. Where several are inside one
+at a time, the first leads: it reads for all, and wakes each whose answer has come. When it is done
+it passes the lead to one that still waits, so a thread that waits an hour for memory holds nobody
+up. With nobody inside, and something to be expected, the keeper's thread is told to watch.
+
+One lock guards the session and the lead; nobody waits for anything while holding it. The descriptor
+is closed by the one who leads, or where nobody does: never under a thread that polls it.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from threading import Lock
+from time import monotonic
+from typing import TypeVar
+
+from libclient.decision import Decision
+from libclient.drive_sync import Link
+from libclient.errors import TIMEOUT, ForkedClient, Unavailable
+from libclient.keeper import KEEPER
+from libclient.operations import Operation
+from libclient.session import Session
+from libclient.tickets import Ticket
+
+T = TypeVar("T")
+
+# Every exchange of this process, so that a forked child can close its copies.
+_OPEN: weakref.WeakSet[Exchange] = weakref.WeakSet()
+
+
+class Exchange:
+    """A session, the link that carries it, and whose turn it is to read."""
+
+    def __init__(self, path: str, deadline_s: float) -> None:
+        """Connect. Raises Unavailable."""
+        self.session = Session()
+        # Set in a forked child, for good.
+        self.forked = False
+        # The connection is over; the descriptor goes as soon as nobody leads.
+        self.closed = False
+        self._lock = Lock()
+        self._leader: Ticket | None = None
+        self._followers: list[Ticket] = []
+        # How the keeper is told to watch this connection, or not to; None until it first has to.
+        self._watch: Callable[[], None] | None = None
+        self._unwatch: Callable[[], None] | None = None
+        self._watched = False
+        self._link = Link(path, deadline_s)
+        _OPEN.add(self)
+
+    def fileno(self) -> int:
+        """Return the descriptor, -1 once closed."""
+        return self._link.sock.fileno()
+
+    def by_token(self, token: str) -> Decision | None:
+        """Return the lease of this connection that has this token."""
+        with self._lock:
+            return self.session.by_token(token)
+
+    def run(self, operation: Operation[T], deadline_s: float) -> T:
+        """Carry an operation out in this thread, until it is done or out of time.
+
+        `deadline_s` is a point of `time.monotonic`.
+        """
+        ticket: Ticket | None = None
+        session = self.session
+        try:
+            with self._lock:
+                if self.forked:
+                    raise ForkedClient
+                ticket = operation.send(None)
+                if session.outgoing:
+                    self._flush()
+                if self._leader is None and not ticket.done:
+                    self._leader = ticket
+                    if self._watched and self._unwatch is not None:
+                        self._watched = False
+                        self._unwatch()
+            if session.outgoing:
+                self._send_rest(deadline_s)
+            while not ticket.done:
+                if self._leader is ticket:
+                    self._read(ticket, deadline_s)
+                else:
+                    self._follow(ticket, deadline_s)
+            operation.send(None)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        except BaseException as fault:
+            return self._give_up(operation, ticket, fault)
+        raise AssertionError("an operation has one step")
+
+    def _read(self, ticket: Ticket, deadline_s: float) -> None:
+        data = self._link.receive(deadline_s)
+        with self._lock:
+            self._take_in(data)
+            if ticket.done:
+                self._pass_on()
+
+    def _take_in(self, data: bytes) -> None:
+        """Feed what was read, and do what follows from it. Called with the lock."""
+        session = self.session
+        session.feed(data, monotonic())
+        if session.outgoing:
+            self._flush()
+        if session.notices or session.ended is not None:
+            self._follow_up()
+
+    def _follow_up(self) -> None:
+        """Have handlers called, and an ended session's connection closed. Called with the lock."""
+        session = self.session
+        if session.notices:
+            KEEPER.call(session.notices)
+            session.notices = []
+        if session.ended is not None and not session.sealed:
+            self._shut()
+
+    def _pass_on(self) -> None:
+        """Give the lead away: to one that waits, else to the keeper. Called with the lock."""
+        for follower in self._followers:
+            if not follower.done:
+                self._leader = follower
+                if follower.wake is not None:
+                    follower.wake()
+                return
+        self._leader = None
+        if self.closed:
+            self._link.close()
+        else:
+            self._keep()
+
+    def _keep(self) -> None:
+        """Let the keeper watch, where something is to be expected. Called with the lock."""
+        if self.closed or not self.session.expects_input:
+            return
+        if self._watch is None:
+            self._watch, self._unwatch = KEEPER.adopt(self, self.fileno())
+        self._watched = True
+        self._watch()
+        if self.session.renew_at is not None:
+            KEEPER.expect(self.session.renew_at)
+
+    def _follow(self, ticket: Ticket, deadline_s: float) -> None:
+        """Wait until the answer is here, or the lead."""
+        gate = Lock()
+        gate.acquire()
+        with self._lock:
+            if ticket.done:
+                return
+            if self._leader is None:
+                self._leader = ticket
+                return
+            ticket.wake = _opener(gate)
+            self._followers.append(ticket)
+        in_time = gate.acquire(timeout=max(0.0, deadline_s - monotonic()))
+        with self._lock:
+            ticket.wake = None
+            self._followers.remove(ticket)
+        if not in_time and not ticket.done:
+            raise Unavailable("no answer from the daemon in time", TIMEOUT)
+
+    def _give_up(self, operation: Operation[T], ticket: Ticket | None, fault: BaseException) -> T:
+        """Let the operation undo what it began, and hand the lead on."""
+        if ticket is None:
+            raise fault
+        with self._lock:
+            ticket.wake = None
+            if ticket in self._followers:
+                self._followers.remove(ticket)
+            try:
+                operation.throw(fault)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+            finally:
+                if not self.forked:
+                    if self.session.outgoing:
+                        self._flush()
+                    self._follow_up()
+                    if self._leader is ticket:
+                        self._pass_on()
+                    elif self._leader is None:
+                        self._keep()
+        raise AssertionError("an operation has one step")
+
+    def _flush(self) -> None:
+        """Send what can be sent now. Called with the lock."""
+        session = self.session
+        sent = self._link.send(session.outgoing)
+        if sent == len(session.outgoing):
+            session.outgoing = b""
+        elif sent >= 0:
+            session.outgoing = session.outgoing[sent:]
+        else:
+            # What the daemon said last may still be there, and says why.
+            session.outgoing = b""
+            if self._leader is None:
+                while data := self._link.receive_now():
+                    session.feed(data, monotonic())
+            session.end("the daemon closed the connection")
+            self._follow_up()
+
+    def _send_rest(self, deadline_s: float) -> None:
+        """Wait until all is sent, the requests of other threads included."""
+        while self.session.outgoing:
+            self._link.wait_writable(deadline_s)
+            with self._lock:
+                if self.session.outgoing:
+                    self._flush()
+
+    # -- the keeper's thread
+
+    def on_readable(self) -> None:
+        """Read what came while no thread was inside an operation."""
+        with self._lock:
+            if self._leader is not None or self.closed or not self._watched:
+                return
+            self._watched = False
+            data = self._link.receive_now()
+            if data is not None:
+                self._take_in(data)
+            self._keep()
+
+    def renew_due(self, now_s: float) -> float | None:
+        """Renew the leases whose time has come; return when the next is due."""
+        with self._lock:
+            session = self.session
+            if self.closed:
+                return None
+            if session.renew_at is not None and session.renew_at <= now_s:
+                session.renew_due(now_s)
+                self._flush()
+            return session.renew_at
+
+    # -- the end
+
+    def close(self) -> None:
+        """Close the connection: every lease and request of it ends. Idempotent.
+
+        Where another thread is waiting for an answer, those who inherited the descriptor lose the
+        connection as well; otherwise it is theirs.
+        """
+        with self._lock:
+            if not self.closed:
+                self.session.close()
+                self._shut()
+
+    def _shut(self) -> None:
+        """Let go of the connection, once the session is over. Called with the lock."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._watch is not None:
+            KEEPER.disown(self.fileno())
+            self._watch = self._unwatch = None
+            self._watched = False
+        if self._leader is None:
+            self._link.close()
+        else:
+            self._link.shut()
+
+    def leave_in_child(self) -> None:
+        """In a forked child: close this copy of the descriptor, and touch nothing else."""
+        self.forked = self.closed = True
+        self._lock = Lock()
+        self._leader = None
+        self._followers = []
+        self._watch = self._unwatch = None
+        self._link.close()
+
+
+def _opener(gate: Lock) -> Callable[[], None]:
+    """Return what opens a gate, and may be called again: for the lead, then for the answer."""
+
+    def open_gate() -> None:
+        if gate.locked():
+            gate.release()
+
+    return open_gate
+
+
+def _leave_all_in_child() -> None:
+    """Close every inherited connection in a forked child, and begin without a keeper."""
+    KEEPER.leave_in_child()
+    for exchange in list(_OPEN):
+        exchange.leave_in_child()
+    _OPEN.clear()
+
+
+os.register_at_fork(after_in_child=_leave_all_in_child)

@@ -1,0 +1,143 @@
+"""One generator per operation: what is asked, and what its answer means.
+
+An operation yields the ticket that it waits for and is resumed when that is done. A driver that
+gives up (out of time, interrupted, cancelled) throws what happened into it; the operation then
+leaves nothing behind that its caller would not know of. Drivers differ in how they wait, and in
+nothing else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from libclient.decision import Decision, Event
+from libclient.errors import CLOSED, NotGranted, RequestError, RequestRefused, Unavailable
+from libclient.session import Session
+from libclient.tickets import Subscription, Ticket
+from libclient.wire.vocabulary import BAD_REQUEST, FORBIDDEN
+
+T = TypeVar("T")
+Operation = Generator[Ticket, None, T]
+
+# All of one operation: connecting, sending, waiting for the answer. A wait that was asked for
+# comes on top of it.
+ANSWER_S = 2.0
+
+
+def call(session: Session, op: str, fields: Mapping[str, object]) -> Operation[dict[str, Any]]:
+    """Ask for any op; return the fields of its reply without `id` and `ok`."""
+    ticket = session.ask(op, fields)
+    try:
+        yield ticket
+        reply = ticket.result()
+    except BaseException:
+        session.abandon(ticket)
+        raise
+    return {name: value for name, value in reply.items() if name not in ("id", "ok")}
+
+
+D = TypeVar("D", bound=Decision)
+
+
+def lease(
+    session: Session, decision: D, fields: Mapping[str, object], required: bool
+) -> Operation[D]:
+    """Ask for a lease; return `decision`, for the GPU or for the CPU.
+
+    Raises NotGranted in place of a CPU decision where `required`, and nothing else for what the
+    daemon or the host did.
+    """
+    try:
+        ticket = session.ask("lease", fields, decision)
+        try:
+            yield ticket
+            ticket.result()
+        except BaseException:
+            session.abandon(ticket)
+            raise
+    except Unavailable as fault:
+        decision.refuse(fault.reason, fault.detail)
+    except RequestError as fault:
+        decision.refuse(fault.code.upper(), str(fault))
+        if fault.code in (BAD_REQUEST, FORBIDDEN) and not required:
+            # The caller's doing, so it must not go unseen; level 4 is the caller of `lease`.
+            warnings.warn(f"no lease: {fault}", RequestRefused, stacklevel=4)
+    if required and not decision.granted:
+        raise NotGranted(decision.reason, decision.detail)
+    return decision
+
+
+def release(session: Session, decision: Decision) -> Operation[None]:
+    """Give a lease back; asks nothing for one that is over. Never raises for the daemon's part.
+
+    Without an answer in time the request is on its way all the same, and a lost connection ends
+    the lease.
+    """
+    if not session.drop(decision):
+        return
+    try:
+        ticket = session.ask("release", {"token": decision.token})
+        try:
+            yield ticket
+        except BaseException:
+            session.abandon(ticket)
+            raise
+    except Unavailable:
+        return
+
+
+def subscribe(session: Session, topics: Sequence[str] | None) -> Operation[Subscription]:
+    """Subscribe to events; raises Unavailable or RequestError."""
+    fields = {} if topics is None else {"topics": list(topics)}
+    subscription = Subscription()
+    ticket = session.ask("subscribe", fields, subscription)
+    try:
+        yield ticket
+        ticket.result()
+    except BaseException:
+        session.abandon(ticket)
+        raise
+    return subscription
+
+
+def next_event(session: Session, subscription: Subscription) -> Operation[Event]:
+    """Wait for the next event of a subscription. Raises Unavailable once there can be none."""
+    if not subscription.events:
+        if session.ended is not None:
+            raise Unavailable(session.ended.detail, session.ended.reason)
+        if subscription.number not in session.subscriptions:
+            raise Unavailable("the subscription was ended", CLOSED)
+        if subscription.waiting is not None:
+            raise ValueError("another thread or task is waiting for this subscription's next event")
+        ticket = subscription.waiting = Ticket(0, "event")
+        try:
+            yield ticket
+        except BaseException:
+            subscription.waiting = None
+            raise
+        if not subscription.events:
+            ticket.result()
+    return subscription.events.popleft()
+
+
+def unsubscribe(session: Session, subscription: Subscription) -> Operation[None]:
+    """End a subscription. Never raises for the daemon's part."""
+    number = subscription.number
+    if session.ended is not None or number not in session.subscriptions:
+        return
+    session.subscriptions.pop(number)
+    if subscription.waiting is not None:
+        # Another thread or task waits for an event that will not come.
+        subscription.waiting.failure = Unavailable("the subscription was ended", CLOSED)
+        subscription.waiting.finish()
+    try:
+        ticket = session.ask("unsubscribe", {"subscription": number})
+        try:
+            yield ticket
+        except BaseException:
+            session.abandon(ticket)
+            raise
+    except Unavailable:
+        return

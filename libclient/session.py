@@ -1,0 +1,392 @@
+"""One connection's conversation with the daemon, without I/O.
+
+Owns what has been asked and not answered, which leases this connection holds, what it is subscribed
+to, and the bytes that still have to go out. A driver moves bytes: it sends `outgoing`, and feeds
+what arrives to `feed`, with the time. Everything else is told through tickets (a request is done),
+decisions (a lease changed) and `notices` (call this handler with that event).
+
+Rules kept here: an answer to a request that its caller gave up is still understood, and a grant
+among such answers is released at once. Unknown fields and events are ignored. What breaks the
+contract ends the conversation: nothing after it could be trusted. A daemon that comes back on the
+same connection (`daemon.resumed`) ends it too; to send the marker and `pending` again in its place
+belongs in `_on_resumed`.
+
+Not safe for several threads: the driver sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from libclient.codec import MALFORMED, decode, encoder
+from libclient.decision import Decision, Event, EventHandler, Malformed
+from libclient.errors import CLOSED, GARBAGE, NO_DAEMON, SEALED, Unavailable
+from libclient.tickets import Subscription, Ticket
+from libclient.wire.framing import (
+    HEADER_BYTES,
+    MAX_REPLY_BYTES,
+    EmptyFrame,
+    FrameSplitter,
+    FrameTooLarge,
+)
+from libclient.wire.vocabulary import EVENTS_LOST
+
+# What a session says by itself, beside the events of the wire: the connection is gone.
+CONNECTION_LOST = "connection.lost"
+
+
+class Session:
+    """The state of one conversation. See the head of this file."""
+
+    def __init__(self) -> None:
+        self.outgoing = b""
+        # Handlers to be called by the driver, outside of any lock, in this order.
+        self.notices: list[tuple[EventHandler, Event]] = []
+        self.pending: dict[int, Ticket] = {}
+        self.leases: dict[str, Decision] = {}
+        self.subscriptions: dict[int, Subscription] = {}
+        # Why nothing more can be asked; the connection is of no use unless it is sealed.
+        self.ended: Unavailable | None = None
+        # Answers to come that nobody waits for.
+        self.late = 0
+        # When the first lease has to be renewed, on the driver's clock.
+        self.renew_at: float | None = None
+        self._last_id = 0
+        self._encode = encoder()
+        self._splitter = FrameSplitter(MAX_REPLY_BYTES)
+        self._midway = False
+        self._own_seq: int | None = None
+        # True while input is taken in, and for good if that was interrupted half-way.
+        self.torn = False
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the connection only holds from now on."""
+        return self.ended is not None and self.ended.reason == SEALED
+
+    @property
+    def expects_input(self) -> bool:
+        """Whether something can arrive that matters although nobody waits for an answer."""
+        return bool(self.leases or self.subscriptions or self.late or self.outgoing)
+
+    # -- what goes out
+
+    def ask(
+        self,
+        op: str,
+        fields: Mapping[str, object],
+        target: Decision | Subscription | None = None,
+    ) -> Ticket:
+        """Put a request into `outgoing`. Raises Unavailable, ValueError or TypeError instead."""
+        if self.ended is not None:
+            raise Unavailable(self.ended.detail, self.ended.reason)
+        request_id = self._last_id + 1
+        frame = self._encode({"id": request_id, "op": op, **fields})
+        self._last_id = request_id
+        self.outgoing = self.outgoing + frame if self.outgoing else frame
+        ticket = self.pending[request_id] = Ticket(request_id, op, target)
+        return ticket
+
+    def abandon(self, ticket: Ticket) -> None:
+        """The caller gave up: nothing that the ticket brings may stay behind.
+
+        A waiting request is cancelled, a grant (already here, or still to come) released, a
+        subscription ended. The requests for that are in `outgoing`.
+        """
+        if ticket.abandoned:
+            return
+        ticket.abandoned = True
+        if self.torn:
+            # What was interrupted may have been the grant: only the end of the connection is sure
+            # to give it back.
+            self.end("interrupted while an answer was taken in", CLOSED)
+        if self.ended is not None:
+            return
+        if ticket.done:
+            if ticket.failure is None:
+                self._undo(ticket)
+            return
+        if ticket.request_id not in self.pending:
+            return
+        self.late += 1
+        if ticket.op == "lease":
+            # Answered `unknown_request` where it does not wait: then its answer is on its way.
+            self._ask_quietly("cancel", {"request_id": ticket.request_id})
+
+    def drop(self, lease: Decision) -> bool:
+        """Forget a lease that is about to be released. Return whether there is one to release."""
+        if not lease.live or lease.lease_id is None:
+            return False
+        lease.ended = "released"
+        self.leases.pop(lease.lease_id, None)
+        self._plan_renewals()
+        return True
+
+    def by_token(self, token: str) -> Decision | None:
+        """Return the lease that has this token, if it is one of this connection."""
+        return next((one for one in self.leases.values() if one.token == token), None)
+
+    def renew_due(self, now_s: float) -> None:
+        """Ask to renew every lease whose time has come."""
+        if self.ended is not None:
+            return
+        for lease in self.leases.values():
+            if lease.renew_at is not None and lease.renew_at <= now_s and not lease.renewing:
+                lease.renewing = True
+                self._ask_quietly("renew", {"token": lease.token}, lease)
+        self._plan_renewals()
+
+    def _ask_quietly(
+        self, op: str, fields: Mapping[str, object], target: Decision | None = None
+    ) -> None:
+        """Ask on nobody's behalf: the answer is dealt with here."""
+        if self.ended is not None:
+            return
+        self.ask(op, fields, target).abandoned = True
+        self.late += 1
+
+    def _undo(self, ticket: Ticket) -> None:
+        """Give back what an answer brought to a caller who is gone."""
+        reply, target = ticket.reply, ticket.target
+        if reply["ok"] is not True:
+            return
+        if ticket.op == "lease" and reply.get("granted") is True:
+            if isinstance(target, Decision):
+                self.drop(target)
+            if type(reply.get("token")) is str:
+                self._ask_quietly("release", {"token": reply["token"]})
+        elif ticket.op == "subscribe" and type(reply.get("subscription")) is int:
+            self.subscriptions.pop(reply["subscription"], None)
+            self._ask_quietly("unsubscribe", {"subscription": reply["subscription"]})
+
+    def _plan_renewals(self) -> None:
+        due = [
+            lease.renew_at
+            for lease in self.leases.values()
+            if lease.renew_at is not None and not lease.renewing
+        ]
+        self.renew_at = min(due) if due else None
+
+    # -- what comes in
+
+    def feed(self, data: bytes, now_s: float) -> None:
+        """Take bytes as they came; no bytes are the end of input. `now_s` is a monotonic clock's.
+
+        Never raises for what the peer sent: it ends the session instead.
+        """
+        if not data:
+            self.end("the daemon closed the connection")
+            return
+        self.torn = True
+        try:
+            if not self._midway and int.from_bytes(data[:HEADER_BYTES], "big") == (
+                len(data) - HEADER_BYTES
+            ):
+                # Nearly always a read is one whole frame.
+                self._on_payload(data[HEADER_BYTES:], now_s)
+            else:
+                splitter = self._splitter
+                splitter.feed(data)
+                while self.ended is None and (payload := splitter.next_frame()) is not None:
+                    self._on_payload(payload, now_s)
+                self._midway = splitter.pending_bytes > 0
+        except (Malformed, FrameTooLarge) as fault:
+            self.end(f"garbage from the daemon: {fault}", GARBAGE)
+        except EmptyFrame:
+            self.end("garbage from the daemon: a frame of no bytes", GARBAGE)
+        self.torn = False
+
+    def end(self, detail: str, reason: str = NO_DAEMON) -> None:
+        """Nothing more comes. Every request fails, every lease of this connection is over."""
+        if self.ended is not None and not self.sealed:
+            return
+        self.ended = Unavailable(detail, reason)
+        self.outgoing = b""
+        self.late = 0
+        self.renew_at = None
+        waiting = [*self.pending.values()]
+        waiting += [s.waiting for s in self.subscriptions.values() if s.waiting is not None]
+        self.pending.clear()
+        self.subscriptions.clear()
+        for ticket in waiting:
+            ticket.failure = self.ended
+            ticket.finish()
+        for lease in list(self.leases.values()):
+            lost = {"event": CONNECTION_LOST, "lease_id": lease.lease_id, "reason": reason}
+            self._lose(lease, f"connection lost: {detail}")
+            self._notify(lease, lost)
+
+    def close(self) -> None:
+        """End it by the caller's wish: nobody has to be told of leases lost."""
+        for lease in list(self.leases.values()):
+            self._lose(lease, "closed")
+        self.end("this client was closed", CLOSED)
+
+    def _on_payload(self, payload: bytes, now_s: float) -> None:
+        try:
+            message = decode(payload)
+        except MALFORMED as fault:
+            raise Malformed(f"a frame that is not msgpack ({type(fault).__name__})") from None
+        if type(message) is not dict:
+            raise Malformed(f"a frame holds a {type(message).__name__}, not a map")
+        if "ok" in message:
+            self._on_reply(message, now_s)
+        elif "event" in message:
+            self._on_event(message)
+        else:
+            raise Malformed("a message that is neither a reply nor an event")
+
+    def _on_reply(self, reply: dict[str, Any], now_s: float) -> None:
+        request_id = reply.get("id")
+        if reply["ok"] is not True:
+            _check_error(reply)
+            if request_id is None:
+                raise Malformed(f"it could not read a request: {reply['error']['message']}")
+        ticket = self.pending.pop(request_id, None) if type(request_id) is int else None
+        if ticket is None:
+            raise Malformed(f"an answer to nothing that was asked (id {request_id!r})")
+        try:
+            if ticket.abandoned:
+                ticket.reply = reply
+                self._on_late_reply(ticket, now_s)
+                return
+            if ticket.target is not None and reply["ok"]:
+                self._on_target(ticket.target, reply, now_s)
+        except Malformed as fault:
+            # The caller must hear of it as well.
+            ticket.failure = Unavailable(f"garbage from the daemon: {fault}", GARBAGE)
+            ticket.finish()
+            raise
+        if ticket.op == "seal" and reply["ok"]:
+            self._on_sealed()
+        ticket.reply = reply
+        ticket.finish()
+
+    def _on_target(
+        self, target: Decision | Subscription, reply: dict[str, Any], now_s: float
+    ) -> None:
+        if isinstance(target, Decision):
+            target.settle(reply, now_s)
+            if target.lease_id is not None:
+                self.leases[target.lease_id] = target
+                if target.renew_at is not None:
+                    self._plan_renewals()
+            return
+        number, seq = reply.get("subscription"), reply.get("seq")
+        if type(number) is not int or type(seq) is not int:
+            raise Malformed("a subscription without its number or seq")
+        target.number = number
+        self.subscriptions[number] = target
+
+    def _on_late_reply(self, ticket: Ticket, now_s: float) -> None:
+        self.late -= 1
+        lease = ticket.target
+        if ticket.op == "renew" and isinstance(lease, Decision):
+            if ticket.reply["ok"]:
+                lease.renewed(ticket.reply.get("expires_at"), now_s)
+                self._plan_renewals()
+            else:
+                self._lose(lease, f"not renewed: {ticket.reply['error']['message']}")
+            return
+        self._undo(ticket)
+
+    # -- events
+
+    def _on_event(self, event: Event) -> None:
+        name, number = event["event"], event.get("subscription")
+        if type(name) is not str:
+            raise Malformed("an event whose name is not a string")
+        if number is not None:
+            # One that was just ended may still have events under way.
+            if type(number) is int and number in self.subscriptions:
+                subscription = self.subscriptions[number]
+                missed = _missed(subscription.seq, event)
+                subscription.seq = event["seq"]
+                if missed and name != EVENTS_LOST:
+                    subscription.put({"event": EVENTS_LOST, "count": missed})
+                subscription.put(event)
+            return
+        if name == "daemon.resumed":
+            self._on_resumed()
+            return
+        missed = _missed(self._own_seq, event)
+        self._own_seq = event["seq"]
+        if missed and name != EVENTS_LOST:
+            for lease in self.leases.values():
+                self._notify(lease, {"event": EVENTS_LOST, "count": missed})
+        self._on_own_event(name, event)
+
+    def _on_own_event(self, name: str, event: Event) -> None:
+        lease = self.leases.get(_text(event.get("lease_id")))
+        if name == "lease.queued":
+            ticket = self.pending.get(_number(event.get("request_id")))
+            if ticket is not None and isinstance(ticket.target, Decision):
+                self._notify(ticket.target, event)
+        elif lease is not None:
+            if name == "lease.revoking":
+                lease.revoking = True
+                lease.deadline = _deadline(event)
+            elif name == "lease.revoked":
+                self._lose(lease, f"revoked: {event.get('reason')}")
+            elif name == "lease.expired":
+                self._lose(lease, "expired")
+            self._notify(lease, event)
+        elif "lease_id" not in event:
+            # About the daemon or a GPU: those whom it names, or all.
+            named = event.get("lease_ids")
+            for lease_id, held in self.leases.items():
+                if type(named) is not list or lease_id in named:
+                    self._notify(held, event)
+
+    def _on_sealed(self) -> None:
+        self.ended = Unavailable("the connection is sealed: it only holds its leases", SEALED)
+        for lease in self.leases.values():
+            lease.expires_at = lease.renew_at = None
+        self.renew_at = None
+
+    def _on_resumed(self) -> None:
+        self.end("the daemon was restarted, and its leases with it")
+
+    def _lose(self, lease: Decision, why: str) -> None:
+        lease.ended = lease.ended or why
+        self.leases.pop(lease.lease_id or "", None)
+        self._plan_renewals()
+
+    def _notify(self, lease: Decision, event: Event) -> None:
+        if lease.on_event is not None:
+            self.notices.append((lease.on_event, event))
+
+
+def _check_error(reply: dict[str, Any]) -> None:
+    error = reply.get("error")
+    if (
+        reply["ok"] is not False
+        or type(error) is not dict
+        or type(error.get("code")) is not str
+        or type(error.get("message")) is not str
+    ):
+        raise Malformed("a refusal without its code and message")
+
+
+def _missed(last: int | None, event: Event) -> int:
+    """How many events are missing before this one. Raises `Malformed` if `seq` does not rise."""
+    seq = event.get("seq")
+    if type(seq) is not int or (last is not None and seq <= last):
+        raise Malformed(f"an event whose seq is {seq!r} after {last}")
+    return 0 if last is None else seq - last - 1
+
+
+def _deadline(event: Event) -> float | None:
+    time, deadline_s = event.get("time"), event.get("deadline_s")
+    if isinstance(time, int | float) and isinstance(deadline_s, int | float):
+        return float(time) + float(deadline_s)
+    return None
+
+
+def _text(value: object) -> str:
+    return value if type(value) is str else ""
+
+
+def _number(value: object) -> int:
+    return value if type(value) is int else 0

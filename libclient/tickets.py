@@ -1,0 +1,87 @@
+"""What a caller waits for: the answer to one request, or the next event of a subscription.
+
+Filled in by the session; waited for, and taken from, by a driver on behalf of an operation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from libclient.decision import Decision, Event
+from libclient.errors import RequestError, Unavailable
+from libclient.wire.vocabulary import EVENTS_LOST
+
+# Events of one subscription that nobody has taken yet: about a megabyte. More are counted and
+# dropped, and the taker is told how many.
+BACKLOG_EVENTS = 4_096
+
+
+class Ticket:
+    """One request under way, or one wait for an event.
+
+    A driver waits until `done`; it may set `wake`, which is called once at that moment and must
+    neither block nor come back into the session.
+    """
+
+    __slots__ = ("abandoned", "done", "failure", "op", "reply", "request_id", "target", "wake")
+
+    def __init__(
+        self, request_id: int, op: str, target: Decision | Subscription | None = None
+    ) -> None:
+        self.request_id = request_id
+        self.op = op
+        self.target = target
+        self.done = False
+        self.abandoned = False
+        self.reply: dict[str, Any] = {}
+        self.failure: Unavailable | None = None
+        self.wake: Callable[[], object] | None = None
+
+    def result(self) -> dict[str, Any]:
+        """Return the reply's map. Raises what went wrong instead, as the caller should see it."""
+        if self.failure is not None:
+            raise Unavailable(self.failure.detail, self.failure.reason)
+        reply = self.reply
+        if reply["ok"] is not True:
+            error = reply["error"]
+            raise RequestError(
+                error["code"],
+                error["message"],
+                error.get("field"),
+                error.get("retryable") is True,
+            )
+        return reply
+
+    def finish(self) -> None:
+        """Mark it done and wake whoever waits."""
+        self.done = True
+        if self.wake is not None:
+            self.wake()
+
+
+class Subscription:
+    """The events of one subscription that have arrived and were not taken yet."""
+
+    __slots__ = ("dropped", "events", "number", "seq", "waiting")
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.seq: int | None = None
+        self.events: deque[Event] = deque()
+        self.dropped = 0
+        self.waiting: Ticket | None = None
+
+    def put(self, event: Event) -> None:
+        """Take an event in. When full, drop it and count it."""
+        if len(self.events) >= BACKLOG_EVENTS:
+            self.dropped += 1
+            return
+        if self.dropped:
+            self.events.append({"event": EVENTS_LOST, "count": self.dropped})
+            self.dropped = 0
+        self.events.append(event)
+        if self.waiting is not None:
+            waiting, self.waiting = self.waiting, None
+            waiting.finish()
