@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from gpuorchd.core.effects import PersistSettings
 from gpuorchd.core.events import SettingsPersisted
@@ -28,6 +29,13 @@ from gpuorchd.host.settings_file import (
 from gpuorchd.host.start import Report, StartError
 
 
+class _SafeMode(NamedTuple):
+    """SAFE_MODE as a document has it, and as somebody set it at run time (None: nobody did)."""
+
+    on: bool
+    run_time: bool | None
+
+
 class SettingsStore:
     """The state folder while the daemon runs. `failure`: why the newest write failed, if it did."""
 
@@ -37,12 +45,11 @@ class SettingsStore:
         self._report = report
         self._boot = boot_id()
         self._lock: HeldLock | None = None
-        self._safe_mode = False
-        self._safe_mode_run_time: bool | None = None
+        # As on disk, and as in the newest document, which counts only once it is there.
+        self._safe_mode = self._asked = _SafeMode(False, None)
         self._worker: ThreadPoolExecutor | None = None
         self._writing: asyncio.Future[None] | None = None
-        self._next: bytes | None = None
-        self._closed = False
+        self._next: tuple[_SafeMode, bytes] | None = None
         self.failure: str | None = None
 
     def open(self) -> KeptSettings:
@@ -67,8 +74,7 @@ class SettingsStore:
             )
         if kept.unknown_users:
             self._report("host.users_unknown", users=list(kept.unknown_users))
-        self._safe_mode = kept.safe_mode
-        self._safe_mode_run_time = kept.safe_mode_run_time
+        self._safe_mode = self._asked = _SafeMode(kept.safe_mode, kept.safe_mode_run_time)
         first = {
             "policy": kept.policy.document(),
             "revision": kept.revision,
@@ -76,18 +82,18 @@ class SettingsStore:
             "cordons": dict(kept.cordons),
         }
         try:
-            write_atomically(self._path, self._encode(first))
+            write_atomically(self._path, self._encode(first, self._safe_mode))
         except OSError as error:
             self._failed(error)
         return kept
 
     def persist(self, effect: PersistSettings, submit: Callable[[SettingsPersisted], None]) -> None:
         """Write the effect's document and then submit `SettingsPersisted`. Call it on the loop."""
-        safe_mode = bool(effect.document["safe_mode"])
-        if safe_mode != self._safe_mode:
-            self._safe_mode = self._safe_mode_run_time = safe_mode
+        on = bool(effect.document["safe_mode"])
+        if on != self._asked.on:
+            self._asked = _SafeMode(on, on)
         # Made now: the document may show the core's own maps, which change with the next event.
-        self._next = self._encode(effect.document)
+        self._next = (self._asked, self._encode(effect.document, self._asked))
         if self._writing is None:
             self._write_next(submit)
 
@@ -103,19 +109,24 @@ class SettingsStore:
             self._lock = None
 
     def _write_next(self, submit: Callable[[SettingsPersisted], None]) -> None:
-        data, self._next = self._next, None
-        assert data is not None, "a write was started with nothing to write"
+        assert self._next is not None, "a write was started with nothing to write"
+        (safe_mode, data), self._next = self._next, None
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="settings")
         loop = asyncio.get_running_loop()
         self._writing = loop.run_in_executor(self._worker, write_atomically, self._path, data)
-        self._writing.add_done_callback(lambda written: self._written(written, submit))
+        self._writing.add_done_callback(lambda written: self._written(written, safe_mode, submit))
 
     def _written(
-        self, written: asyncio.Future[None], submit: Callable[[SettingsPersisted], None]
+        self,
+        written: asyncio.Future[None],
+        safe_mode: _SafeMode,
+        submit: Callable[[SettingsPersisted], None],
     ) -> None:
         self._writing = None
         error = written.exception()
+        if error is None:
+            self._safe_mode = safe_mode
         if self._next is not None:
             self._write_next(submit)
             return
@@ -123,6 +134,7 @@ class SettingsStore:
             self.failure = None
             submit(SettingsPersisted())
         elif isinstance(error, OSError):
+            self._asked = self._safe_mode
             submit(SettingsPersisted(self._failed(error)))
         else:
             raise error
@@ -132,10 +144,10 @@ class SettingsStore:
         self._report("host.settings_unwritable", path=str(self._path), error=error.strerror)
         return self.failure
 
-    def _encode(self, document: Mapping[str, object]) -> bytes:
+    def _encode(self, document: Mapping[str, object], safe_mode: _SafeMode) -> bytes:
         return encode_settings(
             document,
-            safe_mode_run_time=self._safe_mode_run_time,
+            safe_mode_run_time=safe_mode.run_time,
             safe_mode_env=self._safe_mode_env,
             boot=self._boot,
         )

@@ -149,6 +149,27 @@ async def test_a_change_of_something_else_does_not_count_as_setting_safe_mode(
     await without.close()
 
 
+async def test_safe_mode_that_could_not_be_written_was_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    store = open_store(tmp_path, told, env=True)
+    answered = asyncio.Event()
+
+    def fail(_path: Path, _data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(settings_store, "write_atomically", fail)
+        store.persist(effect(2, safe_mode=False), lambda _: answered.set())
+        await asyncio.wait_for(answered.wait(), 10)
+    store.persist(effect(2, safe_mode=True), told.events.append)
+    await store.close()
+    without = SettingsStore(tmp_path, None, told.report)
+    assert without.open().safe_mode is False
+    await without.close()
+
+
 async def test_every_start_records_what_its_environment_said(tmp_path: Path) -> None:
     told = Told()
     for env, expected in ((False, False), (True, True)):
