@@ -129,6 +129,16 @@ class DeviceEngine(EventSink, Protocol):
         """The state, to be read and never changed."""
 
 
+class Report(Protocol):
+    """Write one log event, by its declared name and fields."""
+
+    def __call__(self, event: str, /, **fields: object) -> None: ...
+
+
+def report_nothing(_event: str, /, **_fields: object) -> None:
+    """Stand in where nobody keeps a log."""
+
+
 class EffectRegistry(Protocol):
     """The part of the engine that lets a room carry out effects."""
 
