@@ -299,6 +299,7 @@ class NvmlDevices:
         self._warm = True
         found = self._found
         found.supported = True
+        found.init_error = None
         gpus = {facts.uuid: facts for facts in sample.facts}
         failures = tuple(one for one in sample.failures if one[0] in found.gpus)
         gpus |= {uuid: found.gpus[uuid] for uuid, _reason in failures}
