@@ -49,7 +49,11 @@ CLIENT_VARIABLES = frozenset({"GPUORCH_AGENT"})
 DAY_S = 86_400
 YEAR_S = 365 * DAY_S
 COUNT_MAX = 1_000_000
+# Less would not hold the small replies that are sent even when memory is short.
+UNSENT_BYTES_MIN = 65_536
+UNSENT_BYTES_MAX = 2**40
 count = whole(1, COUNT_MAX)
+unsent_bytes = whole(UNSENT_BYTES_MIN, UNSENT_BYTES_MAX)
 
 
 class Setting(NamedTuple):
@@ -171,7 +175,7 @@ class Config:
         "open connections",
     )
     max_connections_per_uid: int = setting(
-        "Bounds", "GPUORCH_MAX_CONNECTIONS_PER_UID", "--max-connections-per-uid", count, 3_600,
+        "Bounds", "GPUORCH_MAX_CONNECTIONS_PER_UID", "--max-connections-per-uid", count, 3_584,
         "open connections of one user",
     )
     max_holders: int = setting(
@@ -185,7 +189,7 @@ class Config:
     )
     max_processes: int = setting(
         "Bounds", "GPUORCH_MAX_PROCESSES", "--max-processes", count, 1_024,
-        "processes that are watched for their end; each takes one descriptor",
+        "different processes that hold or await a lease; each takes one descriptor",
     )
     max_leases: int = setting(
         "Bounds", "GPUORCH_MAX_LEASES", "--max-leases", count, Limits().leases,
@@ -214,6 +218,21 @@ class Config:
         "Bounds", "GPUORCH_MAX_WAITING_PER_CONNECTION", "--max-waiting-per-connection", count,
         Limits().waiting_per_connection,
         "waiting requests of one connection",
+    )
+    max_subscriptions_per_connection: int = setting(
+        "Bounds", "GPUORCH_MAX_SUBSCRIPTIONS_PER_CONNECTION", "--max-subscriptions-per-connection",
+        count, 16,
+        "subscriptions to events of one connection",
+    )
+    max_unsent_bytes_per_connection: int = setting(
+        "Bounds", "GPUORCH_MAX_UNSENT_BYTES_PER_CONNECTION", "--max-unsent-bytes-per-connection",
+        unsent_bytes, 262_144,
+        "replies that one connection has not read yet; beyond that its requests are left unread",
+    )
+    max_unsent_bytes: int = setting(
+        "Bounds", "GPUORCH_MAX_UNSENT_BYTES", "--max-unsent-bytes", unsent_bytes, 67_108_864,
+        "replies that all connections together have not read yet; beyond that large ones are "
+        "refused",
     )
     log_level: LogLevel = setting(
         "Log", "GPUORCH_LOG_LEVEL", "--log-level", LOG_LEVEL, LogLevel.INFO,

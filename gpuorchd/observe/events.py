@@ -52,14 +52,14 @@ def _chatty(meaning: str, /, **fields: str) -> EventKind:
 LEASES: Mapping[str, EventKind] = {
     "lease.queued": _chatty(
         "a request waits, or its place has changed",
-        agent=NAME, position=COUNT, ahead=COUNT, eta_s=SECONDS,
+        queue_id=ID, agent=NAME, position=COUNT, ahead=COUNT, eta_s=SECONDS,
     ),
     "lease.granted": _chatty(
         "a lease was granted",
         lease_id=ID, agent=NAME, priority=NAME, gpus=LIST, waited_s=SECONDS, pid=ID, uid=ID,
     ),
     "lease.denied": _chatty(
-        "a request was not granted", agent=NAME, note=NAME, waited_s=SECONDS
+        "a request was not granted", agent=NAME, note=NAME, waited_s=SECONDS, pid=ID
     ),
     "lease.released": _chatty(
         "a lease ended by itself or with its connection", lease_id=ID, agent=NAME, reason=TEXT
@@ -91,7 +91,7 @@ LEASES: Mapping[str, EventKind] = {
 }
 
 GPUS: Mapping[str, EventKind] = {
-    "gpu.appeared": _kind(Level.INFO, "a GPU is there", gpu=ID, index=ID, name=NAME),
+    "gpu.appeared": _kind(Level.INFO, "a GPU is there", gpu=ID, index=ID, memory_total_mb=MIB),
     "gpu.vanished": _kind(Level.WARNING, "a GPU is there no more", gpu=ID, index=ID, reason=TEXT),
     "gpu.cordoned": _kind(Level.INFO, "a GPU takes no new leases", gpu=ID, index=ID, reason=TEXT),
     "gpu.uncordoned": _kind(Level.INFO, "a GPU takes leases again", gpu=ID, index=ID),
@@ -131,6 +131,11 @@ DAEMON: Mapping[str, EventKind] = {
         Level.ERROR, "the event loop reports a failure from outside", what=TEXT, error=TEXT
     ),
     "config.value_warned": _kind(Level.WARNING, "a setting is doubtful", warning=TEXT),
+    "host.bounds_lowered": _kind(
+        Level.ERROR, "the limit of open files is too low for the bounds: lowered",
+        open_files=COUNT, needed_files=COUNT, max_connections=COUNT, wanted_connections=COUNT,
+        max_processes=COUNT, wanted_processes=COUNT,
+    ),
     "host.settings_set_aside": _kind(
         Level.ERROR, "the kept settings are damaged: set aside, defaults hold",
         path=TEXT, kept_as=TEXT, damage=TEXT,
@@ -140,6 +145,21 @@ DAEMON: Mapping[str, EventKind] = {
     ),
     "host.users_unknown": _kind(
         Level.WARNING, "the policy names users that this host does not have", users=LIST
+    ),
+}
+
+DEVICES: Mapping[str, EventKind] = {
+    "devices.probe_started": _kind(Level.INFO, "a process that asks the driver was started", pid=ID),
+    "devices.probe_failed": _kind(
+        Level.WARNING, "the driver gave no answer that can be believed: asked anew after a pause",
+        pid=ID, reason=TEXT, retry_s=SECONDS,
+    ),
+    "devices.probe_held_back": _kind(
+        Level.ERROR, "too many abandoned probes hang in the driver: no further one is started",
+        abandoned=COUNT,
+    ),
+    "devices.probe_left_behind": _kind(
+        Level.WARNING, "probes that hang in the driver outlive the daemon", count=COUNT
     ),
 }
 
@@ -167,4 +187,4 @@ OBSERVE: Mapping[str, EventKind] = {
     ),
 }
 
-CATALOGUE: Mapping[str, EventKind] = {**LEASES, **GPUS, **DAEMON, **OBSERVE}
+CATALOGUE: Mapping[str, EventKind] = {**LEASES, **GPUS, **DAEMON, **DEVICES, **OBSERVE}

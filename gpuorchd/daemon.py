@@ -1,0 +1,239 @@
+"""The daemon: joins the rooms, starts them in order, and stops them the other way round.
+
+    open files -> socket name -> kept settings -> machine, engine -> rooms register -> answers
+    then, while it answers already: GPUs are looked for; log, metrics and HTTP load
+
+What the lease path does not need is loaded after the first answer can be given. At a clean stop
+the core answers those who wait and tells those who hold; what was said is sent, the rooms are
+closed, and the socket's name goes last: nobody takes it while something of this daemon still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import pwd
+import secrets
+import time
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+import uvloop
+
+from gpuorchd.config import Config, ReadConfig
+from gpuorchd.core.effects import PersistSettings
+from gpuorchd.core.events import StopAsked
+from gpuorchd.core.machine import Machine
+from gpuorchd.core.model import ProcessKey, RequestId
+from gpuorchd.core.state import Settings
+from gpuorchd.devices.mps import MpsWatch
+from gpuorchd.devices.nvml import NvmlDevices, ProbeOptions
+from gpuorchd.devices.processes import ProcessWatch
+from gpuorchd.devices.simulated import SimulatedDevices
+from gpuorchd.devices.telemetry import DeviceSource, attach_source
+from gpuorchd.engine import Engine
+from gpuorchd.host.lifecycle import Lifecycle
+from gpuorchd.host.limits import fit_open_files
+from gpuorchd.host.settings_file import KeptSettings
+from gpuorchd.host.settings_store import SettingsStore
+from gpuorchd.host.socket_file import claim_socket
+from gpuorchd.host.start import EXIT_BUG
+from gpuorchd.observe.log import Log
+from gpuorchd.observing import Observers
+from gpuorchd.server.server import Server
+from gpuorchd.server.services import Options, Services
+from libclient.version import VERSION
+
+# Names the lease table: 64 bits are not guessed and not met twice.
+EPOCH_BYTES = 8
+
+
+def run_daemon(read: ReadConfig) -> int:
+    """Run until a signal or a bug ends it; return the exit code.
+
+    Raises `StartError` where it cannot start; nothing of it is left behind then.
+    """
+    began_ns = time.monotonic_ns()
+    config = read.config
+    log = Log(form=config.log_format.value, level=config.log_level.value)
+    for warning in read.warnings:
+        log.event("config.value_warned", warning=warning)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_live(config, log, began_ns))
+    finally:
+        log.close()
+
+
+async def _live(config: Config, log: Log, began_ns: int) -> int:
+    loop = asyncio.get_running_loop()
+    lifecycle = Lifecycle(loop, log.event)
+    lifecycle.install()
+    try:
+        async with AsyncExitStack() as closing:
+            daemon = Daemon(_fit(config, log), log, lifecycle, closing)
+            await daemon.start()
+            daemon.tell_started(began_ns)
+            code = await lifecycle.ended
+            lifecycle.set_deadline(daemon.release_socket)
+            if code != EXIT_BUG:
+                daemon.ask_to_stop()
+        log.event("daemon.stopped")
+        return code
+    finally:
+        lifecycle.uninstall()
+
+
+def _fit(config: Config, log: Log) -> Config:
+    """Lower the bounds to what the limit of open files allows, and say so."""
+    bounds = fit_open_files(config.max_connections, config.max_processes)
+    if bounds.open_files >= bounds.needed_files:
+        return config
+    log.event(
+        "host.bounds_lowered",
+        open_files=bounds.open_files,
+        needed_files=bounds.needed_files,
+        max_connections=bounds.max_connections,
+        wanted_connections=config.max_connections,
+        max_processes=bounds.max_processes,
+        wanted_processes=config.max_processes,
+    )
+    return replace(
+        config, max_connections=bounds.max_connections, max_processes=bounds.max_processes
+    )
+
+
+class Daemon:
+    """The rooms of one daemon. Every room that is opened puts its closing on `closing`."""
+
+    def __init__(
+        self, config: Config, log: Log, lifecycle: Lifecycle, closing: AsyncExitStack
+    ) -> None:
+        self._config = config
+        self._log = log
+        self._lifecycle = lifecycle
+        self._closing = closing
+        self._loop = asyncio.get_running_loop()
+        self._socket = claim_socket(config.socket, config.socket_mode, config.socket_group)
+        closing.callback(self._socket.release)
+        assert config.state_dir is not None, "reading the configuration fills it in"
+        self._store = SettingsStore(config.state_dir, config.safe_mode, log.event)
+        closing.push_async_callback(self._store.close)
+        self._engine = Engine(_machine(config, self._store.open()), self._loop)
+        closing.callback(self._engine.close)
+        self._processes = ProcessWatch(self._engine, self._loop)
+        closing.callback(self._processes.close)
+        self._source = _device_source(config, self._engine, self._loop, log)
+        closing.push_async_callback(self._source.stop)
+
+    async def start(self) -> None:
+        """Let every room register, then answer, then look for GPUs and load the rest."""
+        engine = self._engine
+        observers = Observers(self._config, engine, self._source, self._store, self._log)
+        server = Server(engine, self._loop, self._services(observers), self._options())
+        engine.on(PersistSettings, lambda effect: self._store.persist(effect, engine.submit))
+        attach_source(engine, self._source)
+        self._processes.attach(engine)
+        observers.register(server)
+        await server.start(self._socket.listener)
+        self._closing.push_async_callback(server.stop)
+        if not engine.state.safe_mode:
+            self._source.open()
+        # What is here now stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        self._log.start(self._loop)
+        self._closing.push_async_callback(observers.stop)
+        observers.start(self._loop, self._lifecycle.fail)
+
+    def tell_started(self, began_ns: int) -> None:
+        """Log that the daemon answers."""
+        state = self._engine.state
+        self._log.event(
+            "daemon.started",
+            version=VERSION,
+            epoch=state.settings.epoch,
+            pid=os.getpid(),
+            socket=str(self._config.socket),
+            safe_mode=state.safe_mode,
+            start_s=(time.monotonic_ns() - began_ns) / 1e9,
+        )
+
+    def ask_to_stop(self) -> None:
+        """Let the core answer those who wait and tell those who hold."""
+        self._engine.submit(StopAsked())
+
+    def release_socket(self) -> None:
+        """Give the socket's name up, when the rest of the end has taken too long."""
+        self._socket.release()
+
+    def _options(self) -> Options:
+        config = self._config
+        return Options(
+            version=VERSION,
+            admin_gid=config.admin_group,
+            connections=config.max_connections,
+            connections_per_uid=config.max_connections_per_uid,
+            subscriptions_per_connection=config.max_subscriptions_per_connection,
+            unsent_bytes_per_connection=config.max_unsent_bytes_per_connection,
+            unsent_bytes=config.max_unsent_bytes,
+        )
+
+    def _services(self, observers: Observers) -> Services:
+        return Services(
+            identify=self._processes.identify,
+            ready=observers.ready,
+            device_status=self._source.status,
+            telemetry=self._source.telemetry,
+            render_metrics=observers.metrics_text,
+            resolve_user=_resolve_user,
+            signal_peer=self._signal_peer,
+            on_bug=self._on_bug,
+        )
+
+    def _signal_peer(self, process: ProcessKey, uid: int, name: str) -> None:
+        self._processes.signal(process, uid, name)
+
+    def _on_bug(self, error: Exception, op: str, request_id: RequestId) -> None:
+        self._lifecycle.fail(f"request {request_id!r}, op {op}", error)
+
+
+def _machine(config: Config, kept: KeptSettings) -> Machine:
+    settings = Settings(
+        epoch=secrets.token_hex(EPOCH_BYTES),
+        limits=config.limits,
+        ttl_ns=config.ttl_ns,
+        reading_max_age_ns=config.reading_max_age_ns,
+    )
+    return Machine(
+        settings,
+        policy=kept.policy,
+        revision=kept.revision,
+        safe_mode=kept.safe_mode,
+        cordons=kept.cordons,
+    )
+
+
+def _device_source(
+    config: Config, engine: Engine, loop: asyncio.AbstractEventLoop, log: Log
+) -> DeviceSource:
+    """Choose where GPUs come from. Nothing is opened yet."""
+    mps = MpsWatch(config.enable_mps is not False, str(config.mps_pipe_directory))
+    if config.simulate is not None:
+        cards_mb = (config.simulate.memory_mb,) * config.simulate.cards
+        return SimulatedDevices(engine, cards_mb, config.simulate_drain_s, mps)
+    options = ProbeOptions(
+        telemetry=config.enable_nvml is not False,
+        required=config.enable_nvml is True,
+        period_s=config.sample_period_s,
+        deadline_s=config.nvml_deadline_s,
+    )
+    return NvmlDevices(engine, loop, options, mps, log.event)
+
+
+def _resolve_user(name: str) -> int | None:
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
