@@ -1,0 +1,118 @@
+"""One lease for a process that is about to become another program.
+
+Asks, waits and seals with the session of the client library and a socket, in the one thread there
+is: a program that is replaced must not have another thread at work. The descriptor of a granted
+lease is the lease; whoever inherits it holds it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Mapping
+from time import monotonic, sleep
+from typing import Any
+
+from libclient.decision import Decision, Event
+from libclient.errors import TIMEOUT, Unavailable
+from libclient.session import Session
+from libclient.tickets import Ticket
+from libclient.where import connecting, new_socket
+
+# 0, 1 and 2 are the command's standard streams, whether or not they are open now.
+FIRST_FREE_FD = 3
+READ_BYTES = 65_536
+# How often a waiting person sees the time go on.
+TICK_S = 1.0
+
+
+class Holding:
+    """A connection with at most one lease on it."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        """Connect. Raises Unavailable."""
+        self._timeout_s = timeout_s
+        self._session = Session()
+        self._sock = new_socket()
+        try:
+            for pause_s in connecting(self._sock, path, monotonic() + timeout_s):
+                sleep(pause_s)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def ask(
+        self,
+        fields: Mapping[str, Any],
+        on_event: Callable[[Event], None],
+        on_tick: Callable[[], None],
+    ) -> Decision:
+        """Ask for a lease and wait for the answer. Raises Unavailable or RequestError.
+
+        `on_event` hears of the place in the queue, `on_tick` is called about once a second.
+        """
+        decision = Decision(on_event)
+        ticket = self._session.ask("lease", fields, decision)
+        self._wait(ticket, self._timeout_s + fields.get("wait_s", 0.0), on_tick)
+        return decision
+
+    def seal(self, signal: str | None) -> int:
+        """Let the connection only hold from now on. Return a descriptor that is inherited.
+
+        Raises Unavailable or RequestError; nothing is held then, once this is closed.
+        """
+        fields = {} if signal is None else {"signal": signal}
+        self._wait(self._session.ask("seal", fields), self._timeout_s, lambda: None)
+        fd = self._sock.detach()
+        if fd >= FIRST_FREE_FD:
+            os.set_inheritable(fd, True)
+            return fd
+        # A standard stream is closed and the connection took its number: the command would read
+        # from it, or write to it.
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD, FIRST_FREE_FD)
+        os.close(fd)
+        return moved
+
+    def close(self) -> None:
+        """End the connection: what waits is cancelled, what was granted is given back."""
+        self._sock.close()
+
+    def _wait(self, ticket: Ticket, timeout_s: float, on_tick: Callable[[], None]) -> None:
+        deadline_s = monotonic() + timeout_s
+        session = self._session
+        self._send(timeout_s)
+        while not ticket.done:
+            left_s = deadline_s - monotonic()
+            if left_s <= 0:
+                raise Unavailable("no answer from the daemon in time", TIMEOUT)
+            data = self._receive(min(left_s, TICK_S))
+            if data is None:
+                on_tick()
+                continue
+            session.feed(data, monotonic())
+            notices, session.notices = session.notices, []
+            for handler, event in notices:
+                handler(event)
+        ticket.result()
+
+    def _send(self, timeout_s: float) -> None:
+        """Send what the session has to say. One that cannot is found out by the next read."""
+        self._sock.settimeout(timeout_s)
+        try:
+            self._sock.sendall(self._session.outgoing)
+        except TimeoutError:
+            raise Unavailable("the daemon takes no more requests", TIMEOUT) from None
+        except OSError:
+            # The daemon is gone; what it said last is still there to be read, and may say why.
+            pass
+        self._session.outgoing = b""
+
+    def _receive(self, timeout_s: float) -> bytes | None:
+        """Return bytes, none at the end of input, None where none came in time."""
+        self._sock.settimeout(timeout_s)
+        try:
+            return self._sock.recv(READ_BYTES)
+        except TimeoutError:
+            return None
+        except OSError:
+            return b""

@@ -1,0 +1,134 @@
+"""`status`, `leases` and `queue`: what is there, once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from libclient.cli import exits
+from libclient.cli.invocation import Invocation
+from libclient.cli.lists import (
+    GPU_COLUMNS,
+    LEASE_COLUMNS,
+    QUEUE_COLUMNS,
+    gpu_rows,
+    lease_rows,
+    legend,
+    queue_rows,
+)
+from libclient.cli.screen import Screen
+from libclient.cli.text import counted, safe
+from libclient.sizes import format_duration
+
+# `status` fits on a screen; `leases` and `queue` show everything.
+HOLDERS_SHOWN = 20
+WAITING_SHOWN = 10
+
+
+def status(invocation: Invocation) -> int:
+    """Show the daemon, its GPUs, who holds what and who waits."""
+    seen = look(invocation)
+    screen = invocation.screen
+    if screen.json:
+        screen.document(seen)
+        return exits.OK
+    show_daemon(screen, seen)
+    info, allocations, waiting = seen["gpu_info"], seen["allocations"], seen["waiting"]
+    screen.line()
+    if info.get("gpus"):
+        screen.table(GPU_COLUMNS, gpu_rows(info["gpus"], screen))
+        screen.line(legend(screen.paint, screen.unicode))
+    else:
+        screen.line(safe(info.get("message") or "no GPU"))
+    screen.line()
+    if allocations:
+        screen.table(LEASE_COLUMNS, lease_rows(allocations[:HOLDERS_SHOWN]))
+        _more(screen, len(allocations) - HOLDERS_SHOWN, "lease", "gpuorch leases")
+    else:
+        screen.line("nobody holds a lease")
+    screen.line()
+    if waiting:
+        screen.table(QUEUE_COLUMNS, queue_rows(waiting[:WAITING_SHOWN]))
+        _more(screen, len(waiting) - WAITING_SHOWN, "request", "gpuorch queue")
+    else:
+        screen.line("nobody waits")
+    return exits.OK
+
+
+def leases(invocation: Invocation) -> int:
+    """List every lease."""
+    found = invocation.pages("allocations", "allocations")
+    if invocation.screen.json:
+        invocation.screen.document({"allocations": found})
+    elif found:
+        invocation.screen.table(LEASE_COLUMNS, lease_rows(found))
+    else:
+        invocation.screen.line("nobody holds a lease")
+    return exits.OK
+
+
+def queue(invocation: Invocation) -> int:
+    """List every waiting request."""
+    found = invocation.pages("queue", "waiting")
+    if invocation.screen.json:
+        invocation.screen.document({"waiting": found})
+    elif found:
+        invocation.screen.table(QUEUE_COLUMNS, queue_rows(found))
+    else:
+        invocation.screen.line("nobody waits")
+    return exits.OK
+
+
+def look(invocation: Invocation) -> dict[str, Any]:
+    """Ask for everything that `status` shows. Raises Unavailable or RequestError."""
+    return {
+        "daemon": {**invocation.call("hello"), "socket": invocation.client().path},
+        "ready": invocation.call("ready"),
+        "gpu_info": invocation.call("gpu_info"),
+        "allocations": invocation.pages("allocations", "allocations"),
+        "waiting": invocation.pages("queue", "waiting"),
+    }
+
+
+def show_daemon(screen: Screen, seen: dict[str, Any]) -> None:
+    """Write the head of `status`: SAFE_MODE before all else, then the daemon and its checks."""
+    for line in daemon_lines(screen, seen):
+        screen.line(line)
+
+
+def daemon_lines(screen: Screen, seen: dict[str, Any]) -> list[str]:
+    """Return the lines of the head of `status`."""
+    daemon, ready, info = seen["daemon"], seen["ready"], seen["gpu_info"]
+    paint = screen.paint
+    lines = []
+    if daemon.get("safe_mode"):
+        lines.append(paint("SAFE_MODE is on: no GPU is touched, no lease is granted", "bold red"))
+    is_ready = bool(ready.get("ready"))
+    sampled_s = info.get("sampled_s")
+    parts = [
+        paint(f"gpuorchd {safe(daemon.get('version'))}", "bold"),
+        paint("ready", "green") if is_ready else paint("not ready", "bold red"),
+        safe(daemon.get("socket")),
+        counted(len(info.get("gpus") or ()), "GPU"),
+    ]
+    if info.get("mps_enabled"):
+        parts.append("MPS")
+    if isinstance(sampled_s, int | float):
+        parts.append(f"read {format_duration(round(sampled_s, 1))} ago")
+    lines.append("  ".join(parts))
+    lines += [f"  {paint(text, 'red')}" for text in failed_checks(ready)]
+    return lines
+
+
+def failed_checks(ready: dict[str, Any]) -> list[str]:
+    """Return the checks of a `ready` answer that failed, one line each."""
+    checks = ready.get("checks") or {}
+    return [
+        f"{safe(name)}: {safe(check.get('detail') or 'failed')}"
+        for name, check in checks.items()
+        if isinstance(check, dict) and not check.get("ok")
+    ]
+
+
+def _more(screen: Screen, count: int, noun: str, command: str) -> None:
+    if count > 0:
+        screen.line(screen.paint(f"and {counted(count, noun)} more: {command}", "dim"))
