@@ -1,10 +1,10 @@
 """The engine: sole owner of the machine. Events in, effects out, and the next deadline kept.
 
-`submit` hands one event to the machine and carries out its effects before it returns, so an answer
-leaves in the turn in which its request came. An event that arises while effects are being carried
-out waits its turn in a queue: decisions never nest. Each room registers for the effects that it
-carries out with `on`; a room that must do something once all effects of a turn are carried out (send
-what has gathered) registers with `at_turn_end`.
+`submit` hands one event to the machine and carries out its effects before it returns, so an
+answer leaves in the turn in which its request came. An event that arises while effects are being
+carried out waits its turn in a queue: decisions never nest. Each room registers for the effects
+that it carries out with `on`; a room that must do something once all effects of a turn are
+carried out (send what has gathered) registers with `at_turn_end`.
 """
 
 from __future__ import annotations

@@ -7,10 +7,14 @@ half of it is stale, so its size follows what is really pending.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from typing import Any
 
 # Below this many entries a rebuild costs more than the memory it saves.
 REBUILD_FROM = 64
+
+
+# A kind of deadline, and what it belongs to.
+Key = tuple[str, Any]
 
 
 class Deadlines:
@@ -19,12 +23,12 @@ class Deadlines:
     __slots__ = ("_due", "_heap", "_number")
 
     def __init__(self) -> None:
-        self._due: dict[Hashable, int] = {}
-        self._heap: list[tuple[int, int, Hashable]] = []
+        self._due: dict[Key, int] = {}
+        self._heap: list[tuple[int, int, Key]] = []
         # Breaks ties in order of setting, and keeps keys from being compared.
         self._number = 0
 
-    def set(self, key: Hashable, due_ns: int) -> None:
+    def set(self, key: Key, due_ns: int) -> None:
         """Set or move the deadline of `key`."""
         self._due[key] = due_ns
         self._number += 1
@@ -32,11 +36,11 @@ class Deadlines:
         if len(self._heap) > REBUILD_FROM and len(self._heap) > 2 * len(self._due):
             self._rebuild()
 
-    def drop(self, key: Hashable) -> None:
+    def drop(self, key: Key) -> None:
         """Forget the deadline of `key`, if it has one."""
         self._due.pop(key, None)
 
-    def due_ns(self, key: Hashable) -> int | None:
+    def due_ns(self, key: Key) -> int | None:
         """When `key` is due, None where it has no deadline."""
         return self._due.get(key)
 
@@ -50,7 +54,7 @@ class Deadlines:
             heapq.heappop(heap)
         return None
 
-    def pop_due(self, now_ns: int) -> Hashable | None:
+    def pop_due(self, now_ns: int) -> Key | None:
         """Take out one key whose deadline has come, None where there is none."""
         due_ns = self.next_ns()
         if due_ns is None or due_ns > now_ns:
@@ -63,7 +67,7 @@ class Deadlines:
         return len(self._due)
 
     def _rebuild(self) -> None:
-        seen: set[Hashable] = set()
+        seen: set[Key] = set()
         kept = []
         for entry in sorted(self._heap):
             if self._due.get(entry[2]) == entry[0] and entry[2] not in seen:

@@ -69,13 +69,14 @@ class Announce(NamedTuple):
     """Publish an event of the catalogue, and send it to `owner` unasked where there is one.
 
     `fields` hold durations and names only, never a token. `owner_fields` are added for the owner
-    alone (its own request id).
+    alone (its own request id). A `private` event goes to its owner and to no subscriber.
     """
 
     name: str
     fields: Mapping[str, object]
     owner: ConnectionId | None = None
     owner_fields: Mapping[str, object] | None = None
+    private: bool = False
 
 
 class WatchProcess(NamedTuple):

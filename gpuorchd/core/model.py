@@ -1,10 +1,10 @@
 """The values of the core: who asks, what is asked, what is held, on what.
 
-Owns the shapes only; behaviour lives beside it (`ledger` counts, `placement` decides, `drain` ends).
-Immutable values are named tuples, because they are made on the lease path and a tuple is the
-cheapest frozen value there is. Records that change (`Lease`, `Device`, `Holder`, `Client`, `Waiter`)
-are slotted classes and are changed by the core alone: shells may read them during the turn that
-handed them out and keep none of them.
+Owns the shapes only; behaviour lives beside it (`ledger` counts, `placement` decides, `drain`
+ends). Immutable values are named tuples, because they are made on the lease path and a tuple is
+the cheapest frozen value there is. Records that change (`Lease`, `Device`, `Holder`, `Client`,
+`Waiter`) are slotted classes and are changed by the core alone: shells may read them during the
+turn that handed them out and keep none of them.
 
 Units: memory in MiB (`_mb`), time in nanoseconds of the monotonic clock (`_ns`).
 """
@@ -12,7 +12,7 @@ Units: memory in MiB (`_mb`), time in nanoseconds of the monotonic clock (`_ns`)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, StrEnum
 from typing import NamedTuple, NewType
 
 ConnectionId = NewType("ConnectionId", int)
@@ -108,7 +108,8 @@ class Ask(NamedTuple):
     labels: tuple[tuple[str, str], ...] = ()
 
 
-class Reason(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reason:
     """Why one GPU (or, with `index` None, the host) did not serve a request."""
 
     index: int | None
@@ -130,10 +131,25 @@ class Denial(NamedTuple):
     wanted: frozenset[DeviceUuid] = frozenset()
 
 
+class Code(StrEnum):
+    """The error codes that the core itself can answer with; the values are the wire's words."""
+
+    BAD_REQUEST = "bad_request"
+    UNKNOWN_TOKEN = "unknown_token"
+    UNKNOWN_REQUEST = "unknown_request"
+    NOT_OWNER = "not_owner"
+    NOT_FOUND = "not_found"
+    FORBIDDEN = "forbidden"
+    CONFLICT = "conflict"
+    LIMIT = "limit"
+    SHUTTING_DOWN = "shutting_down"
+    INTERNAL = "internal"
+
+
 class Refusal(NamedTuple):
     """An error reply: a code of the wire, a message for a person, the field at fault."""
 
-    code: str
+    code: Code
     message: str
     field: str | None = None
 
@@ -163,7 +179,8 @@ class Reading(NamedTuple):
     processes: tuple[ProcessUse, ...] = ()
 
 
-class DeviceFacts(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
     """A GPU as it was found. `reserved_mb` is what the driver keeps for itself.
 
     `drain_ns` is set for a simulated card alone: bytes come back that long after a lease's end,
@@ -207,6 +224,8 @@ class Lease:
     expires_ns: int | None = None
     state: LeaseState = LeaseState.ACTIVE
     ended_ns: int = 0
+    # Why it was asked back, while it is.
+    revoke_reason: str = ""
     # Set once the drain took longer than the policy allows.
     withheld: bool = False
     # Processes seen on its GPUs besides the peer, still alive. None until one is seen.
@@ -228,7 +247,9 @@ class Waiter:
     priority: Priority
     queued_ns: int
     deadline_ns: int
+    # The position its owner knows, and when it was told.
     told_position: int = 0
+    told_ns: int = 0
 
     @property
     def queue_id(self) -> str:
@@ -296,7 +317,10 @@ class Device:
     unmet_mb: int = 0
     holdings: dict[ProcessKey, Holding] = field(default_factory=dict)
     parts: dict[LeaseId, Part] = field(default_factory=dict)
+    # What counts against each agent's cap here: its live leases.
     charges: dict[str, int] = field(default_factory=dict)
+    # The lease that has taken the whole GPU, until its bytes are back.
+    exclusive: LeaseId | None = None
 
     @property
     def uuid(self) -> DeviceUuid:

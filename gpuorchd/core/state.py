@@ -1,7 +1,7 @@
 """The whole state of the core in one place, and the bounds it lives within.
 
-`Machine` alone changes it. Shells read it to answer questions (`gpu_info`, `allocations`, metrics)
-in the turn in which they look.
+`Machine` alone changes it. Shells read it to answer questions (`gpu_info`, `allocations`,
+metrics) in the turn in which they look.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gpuorchd.core.model import (
     LeaseId,
     ProcessKey,
     Token,
+    Waiter,
 )
 from gpuorchd.core.policy import Policy
 from gpuorchd.core.queue import WaitingQueue
@@ -64,6 +65,8 @@ class State:
     # Why there is no device, where there is none.
     unavailable: str | None = None
     devices: dict[DeviceUuid, Device] = field(default_factory=dict)
+    # The GPUs that are present, by index.
+    order: tuple[Device, ...] = ()
     # Cordons by uuid with their reason, kept also for GPUs that are not there.
     cordons: dict[str, str] = field(default_factory=dict)
     # Every lease that still keeps bytes, draining ones too, in order of their grant.
@@ -72,7 +75,16 @@ class State:
     tokens: dict[Token, Lease] = field(default_factory=dict)
     clients: dict[ConnectionId, Client] = field(default_factory=dict)
     holders: dict[ProcessKey, Holder] = field(default_factory=dict)
+    # Processes besides the peers that leases depend on, with those leases.
+    watched: dict[ProcessKey, dict[LeaseId, Lease]] = field(default_factory=dict)
     queue: WaitingQueue = field(default_factory=WaitingQueue)
+    waiters: dict[int, Waiter] = field(default_factory=dict)
+    # By priority: the GPUs that those waiting at it or above it have first claim to.
+    wanted: tuple[frozenset[DeviceUuid], ...] = (frozenset(), frozenset(), frozenset())
+    # Something changed by which a waiting request may be served, or its place may differ.
+    unsettled: bool = False
+    # What changed may also have made a waiting request hopeless: all have to be looked at.
+    upheaval: bool = False
     deadlines: Deadlines = field(default_factory=Deadlines)
     # Counted per uid: connections that hold or await, live leases, waiting requests.
     holders_by_uid: dict[int, int] = field(default_factory=dict)
@@ -84,8 +96,3 @@ class State:
     granted_total: int = 0
     expired_total: int = 0
     queued_total: int = 0
-
-    def devices_in_order(self) -> list[Device]:
-        """The GPUs that are present, by index."""
-        present = [device for device in self.devices.values() if device.present]
-        return sorted(present, key=lambda device: device.facts.index)

@@ -1,0 +1,247 @@
+"""Who has how much of which GPU: the only place where claims change.
+
+Every sum that admission needs is kept as claims change, so that asking costs the same however
+many leases there are. Per GPU and holder (a process over all its connections) three figures are
+kept: what its live leases claim, what its draining leases still keep, and what the newest reading
+shows it to use. From these: `unmet_mb`, the bytes that are promised and not yet in use, which
+have to stay free.
+
+What can be had is the smaller of two views, so that nothing is counted twice and nothing is
+missed: the ledger's (capacity less all claims) and the driver's (free memory less what is
+promised and not yet used). A holder's own residue, bytes that it kept beyond its live leases, is
+its to lease again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gpuorchd.core.model import (
+    Device,
+    Holder,
+    Holding,
+    Lease,
+    LeaseState,
+    Part,
+    ProcessKey,
+    ProcessUse,
+)
+from gpuorchd.core.state import State
+
+NOTHING = Holding()
+
+
+class Room(NamedTuple):
+    """What one holder could lease on one GPU, by both views. MiB."""
+
+    ledger_mb: int
+    driver_mb: int
+
+    @property
+    def mb(self) -> int:
+        """The figure that counts."""
+        return max(0, min(self.ledger_mb, self.driver_mb))
+
+
+def room(state: State, device: Device, process: ProcessKey) -> Room:
+    """Compute what the holder `process` could lease on `device` now.
+
+    The reading has to be fresh: the caller has checked that. Nothing is reserved by asking.
+    """
+    ledger_mb = device.capacity_mb - device.claim_mb - device.draining_mb
+    if device.facts.drain_ns is not None:
+        return Room(ledger_mb, ledger_mb)
+    own = device.holdings.get(process)
+    if own is None:
+        own = (
+            NOTHING if process in state.holders else Holding(used_mb=use_of(state, device, process))
+        )
+    assert device.reading is not None, "room on a GPU that was never read"
+    used_mb = own.used_mb or 0
+    free_mb = device.reading.free_mb - (device.unmet_mb - own.unmet_mb)
+    # A process may lease what it holds already even where others' promises leave nothing free.
+    return Room(ledger_mb + own.draining_mb, max(0, free_mb) + used_mb - own.claim_mb)
+
+
+def strays_mb(state: State, device: Device, process: ProcessKey) -> int | None:
+    """Sum the memory on `device` that belongs neither to leases nor to `process`.
+
+    None where the driver does not say how much one of them uses.
+    """
+    if device.reading is None:
+        return 0
+    total = 0
+    for use in device.reading.processes:
+        holder = owner(state, device, use)
+        if use.process == process or (holder is not None and holder.process == process):
+            continue
+        if use.used_mb is None:
+            return None
+        total += use.used_mb
+    return total
+
+
+def unleased_mb(device: Device) -> int | None:
+    """Memory in use outside any lease, None where there is no reading to tell."""
+    if device.facts.drain_ns is not None:
+        return 0
+    if device.reading is None:
+        return None
+    leased = 0
+    for holding in device.holdings.values():
+        leased += min(holding.used_mb or 0, holding.claim_mb + holding.draining_mb)
+    return max(0, device.reading.used_mb - leased)
+
+
+def owner(state: State, device: Device, use: ProcessUse) -> Holder | None:
+    """Find whose use this is: its own, that of the lease it was seen in, or an ancestor's.
+
+    A process of a system service counts to the one agent that holds leases in that service.
+    """
+    holders = state.holders
+    holder = holders.get(use.process)
+    if holder is not None:
+        return holder
+    seen = state.watched.get(use.process)
+    if seen:
+        return next(iter(seen.values())).holder
+    return ancestor(state, device, use)
+
+
+def ancestor(state: State, device: Device, use: ProcessUse) -> Holder | None:
+    """Find the holder that a process descends from, or shares a system service with, alone.
+
+    None for a holder's own main process.
+    """
+    holders = state.holders
+    if use.process in holders:
+        return None
+    for parent in use.ancestors:
+        holder = holders.get(parent)
+        if holder is not None:
+            return holder
+    if use.unit is not None:
+        return _sole_agent(state, device, use.unit)
+    return None
+
+
+def _sole_agent(state: State, device: Device, unit: str) -> Holder | None:
+    found: Holder | None = None
+    agent = ""
+    for lease_id in device.parts:
+        lease = state.leases[lease_id]
+        if lease.holder.unit != unit:
+            continue
+        if found is not None and lease.ask.agent != agent:
+            return None
+        found, agent = lease.holder, lease.ask.agent
+    return found
+
+
+def use_of(state: State, device: Device, process: ProcessKey) -> int:
+    """What a process that holds nothing yet is seen to use, with its descendants."""
+    if device.reading is None:
+        return 0
+    total = 0
+    for use in device.reading.processes:
+        if use.process == process or (
+            process in use.ancestors and owner(state, device, use) is None
+        ):
+            total += use.used_mb or 0
+    return total
+
+
+def take(lease: Lease, part: Part) -> list[Lease]:
+    """Book a granted part: its claim, and what counts against the agent's cap.
+
+    Bytes of the holder's own draining leases go over into the new claim; the leases that gave some
+    are returned.
+    """
+    device = part.device
+    gave: list[Lease] = []
+    if device.facts.drain_ns is None:
+        gave = _absorb(lease.holder, device, part.claim_mb)
+    holding = device.holdings.get(lease.holder.process)
+    if holding is None:
+        holding = device.holdings[lease.holder.process] = Holding()
+    unmet_mb = holding.unmet_mb
+    holding.claim_mb += part.claim_mb
+    device.claim_mb += part.claim_mb
+    device.unmet_mb += holding.unmet_mb - unmet_mb
+    device.parts[lease.lease_id] = part
+    agent = lease.ask.agent
+    device.charges[agent] = device.charges.get(agent, 0) + part.charge_mb
+    return gave
+
+
+def begin_drain(lease: Lease, part: Part) -> None:
+    """Move a part's bytes from claimed to draining; the agent's cap is free of it at once."""
+    device = part.device
+    holding = device.holdings[lease.holder.process]
+    holding.claim_mb -= part.claim_mb
+    holding.draining_mb += part.claim_mb
+    device.claim_mb -= part.claim_mb
+    device.draining_mb += part.claim_mb
+    agent = lease.ask.agent
+    charge_mb = device.charges[agent] - part.charge_mb
+    if charge_mb:
+        device.charges[agent] = charge_mb
+    else:
+        del device.charges[agent]
+
+
+def give_back(lease: Lease, part: Part, amount_mb: int) -> None:
+    """Free `amount_mb` of a draining part."""
+    device = part.device
+    holding = device.holdings[lease.holder.process]
+    unmet_mb = holding.unmet_mb
+    part.claim_mb -= amount_mb
+    holding.draining_mb -= amount_mb
+    device.draining_mb -= amount_mb
+    device.unmet_mb += holding.unmet_mb - unmet_mb
+    if part.claim_mb == 0:
+        device.parts.pop(lease.lease_id, None)
+        if device.exclusive == lease.lease_id:
+            device.exclusive = None
+        _tidy(device, lease.holder.process, holding)
+
+
+def set_use(device: Device, process: ProcessKey, used_mb: int | None) -> None:
+    """Note what the newest reading attributes to a holder."""
+    holding = device.holdings.get(process)
+    if holding is None:
+        if not used_mb:
+            return
+        holding = device.holdings[process] = Holding()
+    unmet_mb = holding.unmet_mb
+    holding.used_mb = used_mb
+    device.unmet_mb += holding.unmet_mb - unmet_mb
+    _tidy(device, process, holding)
+
+
+def forget(device: Device, process: ProcessKey) -> None:
+    """Drop a holder's figures: it holds nothing and has no connection left."""
+    holding = device.holdings.pop(process, None)
+    assert holding is None or not (holding.claim_mb or holding.draining_mb), "forgot a live holding"
+
+
+def _tidy(device: Device, process: ProcessKey, holding: Holding) -> None:
+    if not (holding.claim_mb or holding.draining_mb or holding.used_mb):
+        del device.holdings[process]
+
+
+def _absorb(holder: Holder, device: Device, amount_mb: int) -> list[Lease]:
+    holding = device.holdings.get(holder.process)
+    gave: list[Lease] = []
+    if holding is None or not holding.draining_mb:
+        return gave
+    for old in holder.leases.values():
+        if old.state is not LeaseState.DRAINING:
+            continue
+        for part in old.parts:
+            if part.device is device and part.claim_mb and amount_mb:
+                moved_mb = min(part.claim_mb, amount_mb)
+                give_back(old, part, moved_mb)
+                amount_mb -= moved_mb
+                gave.append(old)
+    return gave

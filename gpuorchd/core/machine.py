@@ -1,0 +1,343 @@
+"""The state machine: every event comes in here, and every effect goes out.
+
+`handle` is the whole interface that changes anything: an event and the time in, effects out, in
+the order in which they are to be carried out. It looks up the handler by the event's type;
+handlers for leases are here, the rest of the work is in the modules beside it: `placement` (where
+to), `leases` (their life), `drain` (their end), `serving` (the queue), `settings` (policy and
+cordons). After each event waiting requests are served if anything changed that could let them be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gpuorchd.core import drain, inventory, leases, placement, serving
+from gpuorchd.core import settings as settings_room
+from gpuorchd.core.effects import Announce, Answer, AnswerError, Effect
+from gpuorchd.core.events import (
+    CancelAsked,
+    ClientArrived,
+    ClientLeft,
+    CordonAsked,
+    DevicesFound,
+    DevicesLost,
+    Event,
+    LeaseAsked,
+    PolicyChangeAsked,
+    ProcessEnded,
+    ReadingsTaken,
+    ReleaseAsked,
+    RenewAsked,
+    RevokeAsked,
+    SealAsked,
+    SettingsPersisted,
+    StopAsked,
+    TimePassed,
+)
+from gpuorchd.core.model import (
+    NS_PER_S,
+    Ask,
+    Client,
+    Code,
+    ConnectionId,
+    Denial,
+    Lease,
+    LeaseId,
+    LeaseState,
+    Note,
+    Peer,
+    Refusal,
+    RequestId,
+    Token,
+    Waiter,
+)
+from gpuorchd.core.placement import Plan
+from gpuorchd.core.policy import DEFAULT, Policy
+from gpuorchd.core.state import Settings, State
+
+STOPPING = Refusal(Code.SHUTTING_DOWN, "the daemon stops; ask again when it is back")
+
+
+class Machine:
+    """All decisions of the daemon. Deterministic: same events and times, same effects."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        policy: Policy = DEFAULT,
+        revision: int = 1,
+        safe_mode: bool = False,
+        cordons: Mapping[str, str] | None = None,
+    ) -> None:
+        self.state = State(
+            settings,
+            policy,
+            revision=revision,
+            safe_mode=safe_mode,
+            probing=not safe_mode,
+            cordons=dict(cordons or {}),
+        )
+        self._desk = settings_room.Desk()
+        self._handlers: dict[type, Callable[[Any, int, list[Effect]], None]] = {
+            LeaseAsked: self._lease,
+            ReleaseAsked: self._release,
+            RenewAsked: self._renew,
+            CancelAsked: self._cancel,
+            SealAsked: self._seal,
+            RevokeAsked: self._revoke,
+            ClientArrived: self._arrive,
+            ClientLeft: self._leave,
+            ProcessEnded: self._process_ended,
+            ReadingsTaken: self._readings,
+            DevicesFound: self._devices_found,
+            DevicesLost: self._devices_lost,
+            CordonAsked: self._change_settings,
+            PolicyChangeAsked: self._change_settings,
+            SettingsPersisted: self._persisted,
+            TimePassed: self._time_passed,
+            StopAsked: self._stop,
+        }
+
+    def handle(self, event: Event, now_ns: int) -> list[Effect]:
+        """Take in one event; return what is to be done, in order."""
+        out: list[Effect] = []
+        self._handlers[type(event)](event, now_ns, out)
+        if self.state.unsettled:
+            serving.serve(self.state, now_ns, out)
+        return out
+
+    def next_deadline_ns(self) -> int | None:
+        """When `TimePassed` is to be said next, None where nothing is pending."""
+        return self.state.deadlines.next_ns()
+
+    def explain(self, peer: Peer, ask: Ask, now_ns: int) -> Plan | Denial | Refusal:
+        """Decide what `lease` would answer now, by the same code; change nothing."""
+        state = self.state
+        refusal = STOPPING if state.stopping else placement.refuse(state, peer, ask)
+        if refusal is not None:
+            return refusal
+        priority = state.policy.priority(state.policy.rule(ask.agent), ask.priority)
+        return placement.place(state, ask, peer.process, now_ns, state.wanted[priority])
+
+    def _lease(self, event: LeaseAsked, now_ns: int, out: list[Effect]) -> None:
+        state = self.state
+        ask = event.ask
+        client = state.clients[event.conn]
+        refusal = (
+            STOPPING
+            if state.stopping
+            else placement.refuse(state, client.peer, ask) or self._over_lease_bound(client)
+        )
+        if refusal is not None:
+            out.append(AnswerError(event.conn, event.request_id, refusal))
+            return
+        priority = state.policy.priority(state.policy.rule(ask.agent), ask.priority)
+        found = placement.place(state, ask, client.holder.process, now_ns, state.wanted[priority])
+        asked = Waiter(
+            state.queued_total + 1,
+            event.token,
+            event.conn,
+            event.request_id,
+            ask,
+            client.holder,
+            priority,
+            now_ns,
+            now_ns + ask.wait_ns,
+        )
+        if isinstance(found, Plan):
+            self._begin_holding(client)
+            leases.grant(state, asked, found, now_ns, out)
+        elif found.final or not ask.wait_ns:
+            serving.deny(asked, found, now_ns, out)
+        else:
+            refusal = self._over_wait_bound(client)
+            if refusal is not None:
+                out.append(AnswerError(event.conn, event.request_id, refusal))
+                return
+            self._begin_holding(client)
+            serving.enqueue(state, asked, found, now_ns, out)
+
+    def _begin_holding(self, client: Client) -> None:
+        if not client.requests:
+            state = self.state
+            uid = client.peer.uid
+            state.holding_clients += 1
+            state.holders_by_uid[uid] = state.holders_by_uid.get(uid, 0) + 1
+
+    def _over_lease_bound(self, client: Client) -> Refusal | None:
+        state = self.state
+        limits = state.settings.limits
+        uid = client.peer.uid
+        if not client.requests:
+            if state.holding_clients >= limits.holders:
+                return _limit("connections that hold or await a lease", limits.holders)
+            if state.holders_by_uid.get(uid, 0) >= limits.holders_per_uid:
+                what = "connections of one user that hold or await a lease"
+                return _limit(what, limits.holders_per_uid)
+        if state.live_leases >= limits.leases:
+            return _limit("leases", limits.leases)
+        if state.leases_by_uid.get(uid, 0) >= limits.leases_per_uid:
+            return _limit("leases of one user", limits.leases_per_uid)
+        if len(client.requests) >= limits.leases_per_connection:
+            return _limit("leases and waits of one connection", limits.leases_per_connection)
+        return None
+
+    def _over_wait_bound(self, client: Client) -> Refusal | None:
+        state = self.state
+        limits = state.settings.limits
+        uid = client.peer.uid
+        if len(state.queue) >= limits.waiting:
+            return _limit("waiting requests", limits.waiting)
+        if state.waiting_by_uid.get(uid, 0) >= limits.waiting_per_uid:
+            return _limit("waiting requests of one user", limits.waiting_per_uid)
+        waits = sum(1 for request in client.requests.values() if isinstance(request, Waiter))
+        if waits >= limits.waiting_per_connection:
+            return _limit("waiting requests of one connection", limits.waiting_per_connection)
+        return None
+
+    def _own(
+        self, conn: ConnectionId, request_id: RequestId, token: Token, out: list[Effect]
+    ) -> Lease | None:
+        """Find the live lease of a token, on its own connection; else answer why not."""
+        lease = self.state.tokens.get(token)
+        if lease is not None and lease.conn == conn:
+            return lease
+        if lease is None:
+            refusal = Refusal(Code.UNKNOWN_TOKEN, "no live lease has this token", "token")
+        else:
+            refusal = Refusal(Code.NOT_OWNER, "the lease belongs to another connection", "token")
+        out.append(AnswerError(conn, request_id, refusal))
+        return None
+
+    def _release(self, event: ReleaseAsked, now_ns: int, out: list[Effect]) -> None:
+        lease = self._own(event.conn, event.request_id, event.token, out)
+        if lease is not None:
+            fields = {"released": True, "token": event.token}
+            out.append(Answer(event.conn, event.request_id, fields))
+            leases.end(self.state, lease, leases.released(lease, "released"), now_ns, out)
+
+    def _renew(self, event: RenewAsked, now_ns: int, out: list[Effect]) -> None:
+        lease = self._own(event.conn, event.request_id, event.token, out)
+        if lease is None:
+            return
+        if lease.expires_ns is not None:
+            lease.expires_ns = now_ns + self.state.settings.ttl_ns
+            self.state.deadlines.set((leases.TTL, lease.lease_id), lease.expires_ns)
+        out.append(Answer(event.conn, event.request_id, {"expires_at_ns": lease.expires_ns}))
+
+    def _cancel(self, event: CancelAsked, now_ns: int, out: list[Effect]) -> None:
+        client = self.state.clients.get(event.conn)
+        waiter = client.requests.get(event.target) if client is not None else None
+        if not isinstance(waiter, Waiter):
+            message = f"no request {event.target!r} waits on this connection"
+            refusal = Refusal(Code.UNKNOWN_REQUEST, message, "request_id")
+            out.append(AnswerError(event.conn, event.request_id, refusal))
+            return
+        out.append(Answer(event.conn, event.request_id, {"cancelled": True}))
+        serving.end_wait(self.state, waiter, Note.CANCELLED, now_ns, out)
+
+    def _seal(self, event: SealAsked, now_ns: int, out: list[Effect]) -> None:
+        client = self.state.clients.get(event.conn)
+        requests = tuple(client.requests.values()) if client is not None else ()
+        if client is None or not requests or any(isinstance(r, Waiter) for r in requests):
+            why = "another request is unanswered" if requests else "the connection holds no lease"
+            refusal = Refusal(Code.BAD_REQUEST, f"cannot seal: {why}")
+            out.append(AnswerError(event.conn, event.request_id, refusal))
+            return
+        client.sealed = True
+        client.signal = event.signal
+        for lease in requests:
+            assert isinstance(lease, Lease)
+            if lease.expires_ns is not None:
+                lease.expires_ns = None
+                self.state.deadlines.drop((leases.TTL, lease.lease_id))
+        out.append(Answer(event.conn, event.request_id, {"sealed": True}))
+
+    def _revoke(self, event: RevokeAsked, now_ns: int, out: list[Effect]) -> None:
+        lease = self.state.leases.get(LeaseId(event.lease_id))
+        if lease is None or lease.state is LeaseState.DRAINING:
+            message = f"no live lease {event.lease_id!r}; see allocations"
+            refusal = Refusal(Code.NOT_FOUND, message, "lease_id")
+            out.append(AnswerError(event.conn, event.request_id, refusal))
+            return
+        # The answer goes first: the lease may be the asker's own.
+        fields = {"lease_id": lease.lease_id, "deadline_s": event.grace_ns / NS_PER_S}
+        out.append(Answer(event.conn, event.request_id, fields))
+        leases.ask_back(self.state, lease, event.reason, event.grace_ns, now_ns, out)
+
+    def _arrive(self, event: ClientArrived, now_ns: int, out: list[Effect]) -> None:
+        drain.arrive(self.state, event.conn, event.peer)
+
+    def _leave(self, event: ClientLeft, now_ns: int, out: list[Effect]) -> None:
+        client = self.state.clients[event.conn]
+        for request in tuple(client.requests.values()):
+            if isinstance(request, Waiter):
+                serving.end_wait(self.state, request, Note.CANCELLED, now_ns, out)
+            else:
+                gone = leases.released(request, "disconnected")
+                leases.end(self.state, request, gone, now_ns, out)
+        drain.leave(self.state, client, out)
+
+    def _process_ended(self, event: ProcessEnded, now_ns: int, out: list[Effect]) -> None:
+        drain.process_ended(self.state, event.process, now_ns, out)
+
+    def _readings(self, event: ReadingsTaken, now_ns: int, out: list[Effect]) -> None:
+        # A reading that was on its way when SAFE_MODE came says nothing any more.
+        if not self.state.safe_mode:
+            drain.take_readings(self.state, event, now_ns, out)
+
+    def _devices_found(self, event: DevicesFound, now_ns: int, out: list[Effect]) -> None:
+        if not self.state.safe_mode:
+            inventory.found(self.state, event.devices, out)
+
+    def _devices_lost(self, event: DevicesLost, now_ns: int, out: list[Effect]) -> None:
+        if not self.state.safe_mode:
+            inventory.lost(self.state, event.reason, now_ns, out)
+
+    def _change_settings(
+        self, event: PolicyChangeAsked | CordonAsked, now_ns: int, out: list[Effect]
+    ) -> None:
+        settings_room.ask(self.state, self._desk, event, out)
+
+    def _persisted(self, event: SettingsPersisted, now_ns: int, out: list[Effect]) -> None:
+        settings_room.persisted(self.state, self._desk, event.failure, now_ns, out)
+
+    def _time_passed(self, event: TimePassed, now_ns: int, out: list[Effect]) -> None:
+        state = self.state
+        while (key := state.deadlines.pop_due(now_ns)) is not None:
+            if key == serving.POSITIONS:
+                serving.tell_positions(state, now_ns, out)
+                continue
+            kind, name = key
+            if kind == leases.WAIT:
+                serving.end_wait(state, state.waiters[name], Note.TIMEOUT, now_ns, out)
+                continue
+            lease = state.leases[name]
+            if kind == leases.TTL:
+                leases.expire(state, lease, now_ns, out)
+            elif kind == leases.REVOKE:
+                leases.revoke_now(state, lease, lease.revoke_reason, now_ns, out)
+            elif kind == drain.DRAINED:
+                drain.timed_out(state, lease, now_ns, out)
+            else:
+                drain.overdue(state, lease, now_ns, out)
+
+    def _stop(self, event: StopAsked, now_ns: int, out: list[Effect]) -> None:
+        state = self.state
+        state.stopping = True
+        for waiter in tuple(state.queue):
+            serving.dequeue(state, waiter)
+            client = state.clients[waiter.conn]
+            del client.requests[leases.request_key(waiter)]
+            leases.settle_holding(state, client)
+            out.append(AnswerError(waiter.conn, waiter.request_id, STOPPING))
+        out.append(Announce("daemon.stopping", {}))
+        for client in state.clients.values():
+            if client.requests:
+                out.append(Announce("daemon.stopping", {}, client.conn, private=True))
+
+
+def _limit(what: str, bound: int) -> Refusal:
+    return Refusal(Code.LIMIT, f"at most {bound} {what}; this bound is reached")

@@ -1,0 +1,171 @@
+"""Serving those who wait: who is next, who keeps whom waiting, and what each is told.
+
+One pass goes through the waiting requests in order. Who fits is granted. Who does not, for lack
+of memory, keeps every GPU that it could use from those behind it, so that large requests are not
+starved by small ones. Who is held up by anything else (its own agent's cap, a cordon, a sick GPU)
+keeps nothing from anybody. A new request is decided by the same rule at its own place
+(`State.wanted`).
+"""
+
+from __future__ import annotations
+
+from gpuorchd.core import leases, placement
+from gpuorchd.core.effects import Announce, AnswerDenial, Effect
+from gpuorchd.core.model import (
+    NS_PER_S,
+    Denial,
+    DeviceUuid,
+    Note,
+    Priority,
+    Reason,
+    Waiter,
+)
+from gpuorchd.core.state import State
+
+# Key of the deadline at which changed positions are told.
+POSITIONS = ("positions", None)
+# A waiting request hears of its place at most four times a second.
+POSITION_EVERY_NS = NS_PER_S // 4
+
+
+def enqueue(state: State, waiter: Waiter, denial: Denial, now_ns: int, out: list[Effect]) -> None:
+    """Let a request wait, and tell its owner where it stands."""
+    position = state.queue.add(waiter)
+    state.queued_total = waiter.number
+    state.clients[waiter.conn].requests[leases.request_key(waiter)] = waiter
+    uid = waiter.holder.uid
+    state.waiting_by_uid[uid] = state.waiting_by_uid.get(uid, 0) + 1
+    state.deadlines.set((leases.WAIT, waiter.number), waiter.deadline_ns)
+    state.waiters[waiter.number] = waiter
+    state.unsettled = True
+    _tell(waiter, position, denial.eta_ns, now_ns, out, private=False)
+
+
+def dequeue(state: State, waiter: Waiter) -> None:
+    """Take a request out of the queue; what becomes of it is the caller's business."""
+    state.queue.remove(waiter)
+    del state.waiters[waiter.number]
+    state.deadlines.drop((leases.WAIT, waiter.number))
+    leases.drop_count(state.waiting_by_uid, waiter.holder.uid)
+    state.unsettled = True
+
+
+def answer(state: State, waiter: Waiter, denial: Denial, now_ns: int, out: list[Effect]) -> None:
+    """End a wait without a grant."""
+    dequeue(state, waiter)
+    client = state.clients[waiter.conn]
+    del client.requests[leases.request_key(waiter)]
+    leases.settle_holding(state, client)
+    deny(waiter, denial, now_ns, out)
+
+
+def deny(waiter: Waiter, denial: Denial, now_ns: int, out: list[Effect]) -> None:
+    """Answer a request that gets nothing, whether it waited or not."""
+    waited_ns = now_ns - waiter.queued_ns
+    agent = waiter.ask.agent
+    out.append(AnswerDenial(waiter.conn, waiter.request_id, agent, denial, waited_ns))
+    fields = {
+        "agent": agent,
+        "note": denial.note.value,
+        "waited_s": waited_ns / NS_PER_S,
+        "pid": waiter.holder.process.pid,
+    }
+    out.append(Announce("lease.denied", fields))
+
+
+def end_wait(state: State, waiter: Waiter, note: Note, now_ns: int, out: list[Effect]) -> None:
+    """Answer a wait that was cancelled or ran out, with what it was waiting for."""
+    reasons: tuple[Reason, ...] = ()
+    if not state.safe_mode:
+        found = placement.place(
+            state, waiter.ask, waiter.holder.process, now_ns, state.wanted[waiter.priority]
+        )
+        if isinstance(found, Denial):
+            reasons = found.reasons
+    answer(state, waiter, Denial(note, reasons, final=True), now_ns, out)
+
+
+def serve(state: State, now_ns: int, out: list[Effect]) -> None:
+    """Serve whoever can be served, in order, and note which GPUs are waited for."""
+    thorough = state.upheaval
+    state.unsettled = state.upheaval = False
+    if not len(state.queue):
+        state.wanted = (placement.NOBODY,) * len(Priority)
+        return
+    everything = frozenset(device.facts.uuid for device in state.order)
+    taken: frozenset[DeviceUuid] = placement.NOBODY
+    wanted: list[frozenset[DeviceUuid]] = []
+    served: list[Waiter] = []
+    hopeless: list[tuple[Waiter, Denial]] = []
+    failed: dict[object, Denial] = {}
+    for priority in Priority:
+        for waiter in state.queue.lane(priority):
+            if not thorough and everything and taken >= everything:
+                break
+            # Within a pass room only shrinks: what failed once fails again.
+            shape = (waiter.ask._replace(wait_ns=0), waiter.holder.process)
+            found = failed.get(shape) or placement.place(
+                state, waiter.ask, waiter.holder.process, now_ns, taken
+            )
+            if isinstance(found, placement.Plan):
+                leases.grant(state, waiter, found, now_ns, out)
+                served.append(waiter)
+            elif found.final:
+                hopeless.append((waiter, found))
+            else:
+                failed[shape] = found
+                taken |= found.wanted
+        wanted.append(taken)
+    state.wanted = tuple(wanted)
+    for waiter in served:
+        dequeue(state, waiter)
+    for waiter, denial in hopeless:
+        answer(state, waiter, denial, now_ns, out)
+    state.unsettled = False
+    _plan_positions(state, now_ns)
+
+
+def _plan_positions(state: State, now_ns: int) -> None:
+    if len(state.queue) and state.deadlines.due_ns(POSITIONS) is None:
+        state.deadlines.set(POSITIONS, now_ns)
+
+
+def tell_positions(state: State, now_ns: int, out: list[Effect]) -> None:
+    """Tell every waiting request whose position has changed, each at most four times a second."""
+    soonest_ns: int | None = None
+    for position, waiter in enumerate(state.queue, start=1):
+        if waiter.told_position == position:
+            continue
+        due_ns = waiter.told_ns + POSITION_EVERY_NS
+        if due_ns > now_ns:
+            soonest_ns = due_ns if soonest_ns is None else min(soonest_ns, due_ns)
+            continue
+        eta_ns = None
+        if position == 1:
+            found = placement.place(state, waiter.ask, waiter.holder.process, now_ns)
+            eta_ns = found.eta_ns if isinstance(found, Denial) else None
+        _tell(waiter, position, eta_ns, now_ns, out, private=True)
+    if soonest_ns is not None:
+        state.deadlines.set(POSITIONS, soonest_ns)
+
+
+def _tell(
+    waiter: Waiter,
+    position: int,
+    eta_ns: int | None,
+    now_ns: int,
+    out: list[Effect],
+    *,
+    private: bool,
+) -> None:
+    waiter.told_position = position
+    waiter.told_ns = now_ns
+    fields = {
+        "queue_id": waiter.queue_id,
+        "agent": waiter.ask.agent,
+        "position": position,
+        "ahead": position - 1,
+        "eta_s": None if eta_ns is None or position > 1 else eta_ns / NS_PER_S,
+    }
+    own = {"request_id": waiter.request_id}
+    out.append(Announce("lease.queued", fields, waiter.conn, own, private))
