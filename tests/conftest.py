@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from tests.support import skips
 from tests.support.leaks import Snapshot, left_behind, watch_tasks
+
+# No time limit for an example: a busy machine would fail it, and every test has one as a whole. A
+# failure prints what reproduces it.
+hypothesis.settings.register_profile("house", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)
