@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -221,6 +222,26 @@ def test_neither_a_start_nor_safe_mode_opens_the_driver_in_the_daemon(tmp_path: 
         assert "libnvidia-ml" not in Path(f"/proc/{daemon.pid}/maps").read_text()
         children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text()
         assert children.strip() == ""
+
+
+def test_a_busy_http_port_costs_no_lease_is_told_and_is_taken_once_it_is_free(
+    tmp_path: Path,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with running_daemon(tmp_path, *SIMULATED, "--http-port", str(port)) as daemon:
+            failed = daemon.wait_for_log("http.bind_failed")
+            assert failed["level"] == "error"
+            with daemon.client() as client:
+                assert client.ask("lease", agent="a", min_memory_mb=1_024)["granted"] is True
+                check = client.ask("ready")
+                assert check["ready"] is False
+                assert str(port) in check["checks"]["http"]["detail"]
+                taken.close()
+                daemon.wait_for_log("http.bound")
+                assert client.ask("ready")["ready"] is True
+            assert len(daemon.logged("http.bind_failed")) == 1
+            assert daemon.stop() == 0
 
 
 def test_the_command_says_what_is_missing_where_the_daemon_is_not_installed(tmp_path: Path) -> None:

@@ -35,7 +35,11 @@ class LineClient:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(ANSWER_DEADLINE_S)
-        self._socket.connect(os.fspath(path))
+        try:
+            self._socket.connect(os.fspath(path))
+        except OSError:
+            self._socket.close()
+            raise
         self._lines = self._socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
 
@@ -115,13 +119,13 @@ class DaemonProcess:
         self.state = folder / "state"
         self.log = folder / "daemon.log"
         command = [sys.executable, "-m", "gpuorchd", "--socket", str(self.socket)]
-        command += ["--http-port", "0"] if "--http-port" not in flags else []
         command += ["--state-dir", str(self.state), *flags]
         # Nothing of the environment of the test run may configure the daemon.
         own = {
             "PATH": os.environ.get("PATH", ""),
             "HOME": str(folder),
             "GPUORCH_LOG_FORMAT": "json",
+            "GPU_ORCHESTRATOR_PORT": "0",
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
