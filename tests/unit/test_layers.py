@@ -123,7 +123,7 @@ ROOMS = (
     Room(
         "gpuorchd.devices",
         ("gpuorchd.devices", CORE, ENGINE),
-        (),
+        ("msgspec",),
         "devices turn readings into events: they know nothing of clients, sockets or metrics",
     ),
     Room(
