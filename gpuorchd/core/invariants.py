@@ -1,7 +1,7 @@
-"""What must hold after every step: the sums are those of the records, and no byte is promised twice.
+"""What must hold after every step: sums are those of the records, no byte is promised twice.
 
-`check` recomputes everything that the core keeps up to date as it goes and compares. It is for tests,
-which call it after every event; it raises `AssertionError` with what does not hold.
+`check` recomputes everything that the core keeps up to date as it goes and compares. It is for
+tests, which call it after every event; it raises `AssertionError` with what does not hold.
 """
 
 from __future__ import annotations
