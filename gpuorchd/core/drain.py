@@ -135,6 +135,7 @@ def overdue(state: State, lease: Lease, now_ns: int, out: list[Effect]) -> None:
             _free_unread(lease, part)
         state.unsettled = True
     if not any(part.claim_mb for part in lease.parts):
+        state.deadlines.drop((DRAINED, lease.lease_id))
         _forget_lease(state, lease, out)
 
 
@@ -316,6 +317,8 @@ def _is_shown(state: State, lease: Lease, part: Part, now_ns: int) -> bool:
 def finish_if_empty(state: State, lease: Lease, now_ns: int, out: list[Effect]) -> None:
     """Forget a draining lease once it keeps nothing."""
     if lease.lease_id in state.leases and not any(part.claim_mb for part in lease.parts):
+        state.deadlines.drop((DRAINED, lease.lease_id))
+        state.deadlines.drop((OVERDUE, lease.lease_id))
         _finish(state, lease, now_ns, out)
 
 
@@ -331,8 +334,6 @@ def _finish(state: State, lease: Lease, now_ns: int, out: list[Effect]) -> None:
 
 def _forget_lease(state: State, lease: Lease, out: list[Effect]) -> None:
     lease.state = LeaseState.FREED
-    state.deadlines.drop((DRAINED, lease.lease_id))
-    state.deadlines.drop((OVERDUE, lease.lease_id))
     del state.leases[lease.lease_id]
     del lease.holder.leases[lease.lease_id]
     for process in lease.others or ():

@@ -40,11 +40,7 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
     """Make the lease that `plan` found for a request, book it and answer the request."""
     number = state.granted_total = state.granted_total + 1
     settings = state.settings
-    charge = iter(plan.charge_mb)
-    parts = tuple(
-        Part(device, memory_mb, memory_mb, next(charge))
-        for device, memory_mb in zip(plan.devices, plan.memory_mb, strict=True)
-    )
+    parts = tuple(map(Part, plan.devices, plan.memory_mb, plan.memory_mb, plan.charge_mb))
     client = state.clients[asked.conn]
     ttl_ns = 0 if client.sealed else settings.ttl_ns
     lease = Lease(

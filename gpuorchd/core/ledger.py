@@ -36,11 +36,8 @@ class Room(NamedTuple):
 
     ledger_mb: int
     driver_mb: int
-
-    @property
-    def mb(self) -> int:
-        """The figure that counts."""
-        return max(0, min(self.ledger_mb, self.driver_mb))
+    # The figure that counts: the smaller of the two, and never less than nothing.
+    mb: int
 
 
 def room(state: State, device: Device, process: ProcessKey) -> Room:
@@ -50,7 +47,7 @@ def room(state: State, device: Device, process: ProcessKey) -> Room:
     """
     ledger_mb = device.capacity_mb - device.claim_mb - device.draining_mb
     if device.facts.drain_ns is not None:
-        return Room(ledger_mb, ledger_mb)
+        return Room(ledger_mb, ledger_mb, ledger_mb)
     own = device.holdings.get(process)
     if own is None:
         own = (
@@ -60,7 +57,9 @@ def room(state: State, device: Device, process: ProcessKey) -> Room:
     used_mb = own.used_mb or 0
     free_mb = device.reading.free_mb - (device.unmet_mb - own.unmet_mb)
     # A process may lease what it holds already even where others' promises leave nothing free.
-    return Room(ledger_mb + own.draining_mb, max(0, free_mb) + used_mb - own.claim_mb)
+    ledger_mb += own.draining_mb
+    driver_mb = max(0, free_mb) + used_mb - own.claim_mb
+    return Room(ledger_mb, driver_mb, max(0, min(ledger_mb, driver_mb)))
 
 
 def strays_mb(state: State, device: Device, process: ProcessKey) -> int | None:

@@ -104,8 +104,12 @@ class Machine:
         """Take in one event; return what is to be done, in order."""
         out: list[Effect] = []
         self._handlers[type(event)](event, now_ns, out)
-        if self.state.unsettled:
-            serving.serve(self.state, now_ns, out)
+        state = self.state
+        if state.unsettled:
+            if state.waiters:
+                serving.serve(state, now_ns, out)
+            else:
+                serving.nobody_waits(state)
         return out
 
     def next_deadline_ns(self) -> int | None:

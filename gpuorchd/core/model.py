@@ -35,7 +35,10 @@ class Priority(IntEnum):
     @property
     def word(self) -> str:
         """The name on the wire."""
-        return self.name.lower()
+        return PRIORITY_WORDS[self]
+
+
+PRIORITY_WORDS = tuple(priority.name.lower() for priority in Priority)
 
 
 class LeaseState(Enum):

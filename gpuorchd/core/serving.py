@@ -27,6 +27,8 @@ POSITIONS = ("positions", None)
 # A waiting request hears of its place at most four times a second.
 POSITION_EVERY_NS = NS_PER_S // 4
 
+UNWANTED = (placement.NOBODY,) * len(Priority)
+
 
 def enqueue(state: State, waiter: Waiter, denial: Denial, now_ns: int, out: list[Effect]) -> None:
     """Let a request wait, and tell its owner where it stands."""
@@ -85,13 +87,16 @@ def end_wait(state: State, waiter: Waiter, note: Note, now_ns: int, out: list[Ef
     answer(state, waiter, Denial(note, reasons, final=True), now_ns, out)
 
 
+def nobody_waits(state: State) -> None:
+    """Settle a change where the queue is empty: no GPU is waited for."""
+    state.unsettled = state.upheaval = False
+    state.wanted = UNWANTED
+
+
 def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     """Serve whoever can be served, in order, and note which GPUs are waited for."""
     thorough = state.upheaval
     state.unsettled = state.upheaval = False
-    if not len(state.queue):
-        state.wanted = (placement.NOBODY,) * len(Priority)
-        return
     everything = frozenset(device.facts.uuid for device in state.order)
     taken: frozenset[DeviceUuid] = placement.NOBODY
     wanted: list[frozenset[DeviceUuid]] = []
