@@ -52,11 +52,21 @@ def _chatty(meaning: str, /, **fields: str) -> EventKind:
 LEASES: Mapping[str, EventKind] = {
     "lease.queued": _chatty(
         "a request waits, or its place has changed",
-        queue_id=ID, agent=NAME, position=COUNT, ahead=COUNT, eta_s=SECONDS,
+        queue_id=ID,
+        agent=NAME,
+        position=COUNT,
+        ahead=COUNT,
+        eta_s=SECONDS,
     ),
     "lease.granted": _chatty(
         "a lease was granted",
-        lease_id=ID, agent=NAME, priority=NAME, gpus=LIST, waited_s=SECONDS, pid=ID, uid=ID,
+        lease_id=ID,
+        agent=NAME,
+        priority=NAME,
+        gpus=LIST,
+        waited_s=SECONDS,
+        pid=ID,
+        uid=ID,
     ),
     "lease.denied": _chatty(
         "a request was not granted", agent=NAME, note=NAME, waited_s=SECONDS, pid=ID
@@ -65,8 +75,12 @@ LEASES: Mapping[str, EventKind] = {
         "a lease ended by itself or with its connection", lease_id=ID, agent=NAME, reason=TEXT
     ),
     "lease.revoking": _kind(
-        Level.INFO, "a holder was asked to yield",
-        lease_id=ID, agent=NAME, reason=TEXT, deadline_s=SECONDS,
+        Level.INFO,
+        "a holder was asked to yield",
+        lease_id=ID,
+        agent=NAME,
+        reason=TEXT,
+        deadline_s=SECONDS,
     ),
     "lease.revoked": _kind(
         Level.INFO, "a lease was taken back", lease_id=ID, agent=NAME, reason=TEXT
@@ -81,12 +95,21 @@ LEASES: Mapping[str, EventKind] = {
         "an ended lease's bytes are free", lease_id=ID, agent=NAME, drain_s=SECONDS
     ),
     "lease.withheld": _kind(
-        Level.WARNING, "an ended lease's bytes have not come back in time",
-        lease_id=ID, agent=NAME, memory_mb=MIB, gpus=LIST, pids=LIST,
+        Level.WARNING,
+        "an ended lease's bytes have not come back in time",
+        lease_id=ID,
+        agent=NAME,
+        memory_mb=MIB,
+        gpus=LIST,
+        pids=LIST,
     ),
     "lease.over_limit": _kind(
-        Level.WARNING, "a holder uses more than its lease",
-        lease_id=ID, agent=NAME, used_mb=MIB, leased_mb=MIB,
+        Level.WARNING,
+        "a holder uses more than its lease",
+        lease_id=ID,
+        agent=NAME,
+        used_mb=MIB,
+        leased_mb=MIB,
     ),
 }
 
@@ -96,21 +119,36 @@ GPUS: Mapping[str, EventKind] = {
     "gpu.cordoned": _kind(Level.INFO, "a GPU takes no new leases", gpu=ID, index=ID, reason=TEXT),
     "gpu.uncordoned": _kind(Level.INFO, "a GPU takes leases again", gpu=ID, index=ID),
     "gpu.unhealthy": _kind(
-        Level.WARNING, "a GPU cannot be read or has failed",
-        gpu=ID, index=ID, reason=TEXT, xid=ID, lease_ids=LIST,
+        Level.WARNING,
+        "a GPU cannot be read or has failed",
+        gpu=ID,
+        index=ID,
+        reason=TEXT,
+        xid=ID,
+        lease_ids=LIST,
     ),
     "gpu.recovered": _kind(Level.INFO, "a GPU can be read again", gpu=ID, index=ID),
     "gpu.unleased": _kind(
-        Level.INFO, "the memory in use outside any lease has changed",
-        gpu=ID, index=ID, memory_mb=MIB, pids=LIST,
+        Level.INFO,
+        "the memory in use outside any lease has changed",
+        gpu=ID,
+        index=ID,
+        memory_mb=MIB,
+        pids=LIST,
     ),
 }
 
 DAEMON: Mapping[str, EventKind] = {
     "policy.changed": _kind(Level.INFO, "the policy was changed", revision=ID, changed=LIST),
     "daemon.started": _kind(
-        Level.INFO, "the daemon answers",
-        version=NAME, epoch=ID, pid=ID, socket=TEXT, safe_mode=FLAG, start_s=SECONDS,
+        Level.INFO,
+        "the daemon answers",
+        version=NAME,
+        epoch=ID,
+        pid=ID,
+        socket=TEXT,
+        safe_mode=FLAG,
+        start_s=SECONDS,
     ),
     "daemon.resumed": _kind(Level.INFO, "a connection goes on after a restart", epoch=ID),
     "daemon.safe_mode": _kind(Level.WARNING, "SAFE_MODE was switched", on=FLAG),
@@ -132,13 +170,21 @@ DAEMON: Mapping[str, EventKind] = {
     ),
     "config.value_warned": _kind(Level.WARNING, "a setting is doubtful", warning=TEXT),
     "host.bounds_lowered": _kind(
-        Level.ERROR, "the limit of open files is too low for the bounds: lowered",
-        open_files=COUNT, needed_files=COUNT, max_connections=COUNT, wanted_connections=COUNT,
-        max_processes=COUNT, wanted_processes=COUNT,
+        Level.ERROR,
+        "the limit of open files is too low for the bounds: lowered",
+        open_files=COUNT,
+        needed_files=COUNT,
+        max_connections=COUNT,
+        wanted_connections=COUNT,
+        max_processes=COUNT,
+        wanted_processes=COUNT,
     ),
     "host.settings_set_aside": _kind(
-        Level.ERROR, "the kept settings are damaged: set aside, defaults hold",
-        path=TEXT, kept_as=TEXT, damage=TEXT,
+        Level.ERROR,
+        "the kept settings are damaged: set aside, defaults hold",
+        path=TEXT,
+        kept_as=TEXT,
+        damage=TEXT,
     ),
     "host.settings_unwritable": _kind(
         Level.ERROR, "settings cannot be kept", path=TEXT, error=TEXT
@@ -149,13 +195,17 @@ DAEMON: Mapping[str, EventKind] = {
 }
 
 DEVICES: Mapping[str, EventKind] = {
-    "devices.probe_started": _kind(Level.INFO, "a process that asks the driver was started", pid=ID),
+    "devices.probe_started": _kind(Level.INFO, "the process that asks the driver runs", pid=ID),
     "devices.probe_failed": _kind(
-        Level.WARNING, "the driver gave no answer that can be believed: asked anew after a pause",
-        pid=ID, reason=TEXT, retry_s=SECONDS,
+        Level.WARNING,
+        "the driver gave no answer that can be believed: asked anew after a pause",
+        pid=ID,
+        reason=TEXT,
+        retry_s=SECONDS,
     ),
     "devices.probe_held_back": _kind(
-        Level.ERROR, "too many abandoned probes hang in the driver: no further one is started",
+        Level.ERROR,
+        "too many abandoned probes hang in the driver: no further one is started",
         abandoned=COUNT,
     ),
     "devices.probe_left_behind": _kind(
@@ -171,8 +221,10 @@ OBSERVE: Mapping[str, EventKind] = {
         Level.ERROR, "lines were lost: nobody took the output for too long", count=COUNT
     ),
     "log.undeclared": _kind(
-        Level.WARNING, "an event or field that the catalogue does not name",
-        kind=NAME, fields=LIST,
+        Level.WARNING,
+        "an event or field that the catalogue does not name",
+        kind=NAME,
+        fields=LIST,
     ),
     "http.bound": _kind(Level.INFO, "the side HTTP port answers", address=TEXT),
     "http.bind_failed": _kind(
@@ -182,8 +234,9 @@ OBSERVE: Mapping[str, EventKind] = {
         Level.ERROR, "a page could not be made: a bug", path=TEXT, error=TEXT
     ),
     "http.connection_refused": _kind(
-        Level.WARNING, "too many connections to the side HTTP port (told once a minute)",
-        limit=COUNT
+        Level.WARNING,
+        "too many connections to the side HTTP port (told once a minute)",
+        limit=COUNT,
     ),
 }
 

@@ -1,6 +1,6 @@
 """Rows of every metric, made of counts, state and other rooms' figures when a scrape asks.
 
-One method makes the rows of a few metrics that belong together, at once: nothing here waits, formats
+One method makes the rows of a few metrics that belong together: nothing here waits, formats
 or keeps anything. A source that is missing, or a value that is not known, gives no row.
 """
 
@@ -146,6 +146,7 @@ class Families:
         yield _labelled(table.DENIALS, counts.denials)
         yield _single(table.EXPIRED, self._engine.state.expired_total)
         yield _single(table.WITHHELD_TOTAL, counts.events.get("lease.withheld", 0))
+        yield _single(table.WITHHELD_BYTES_TOTAL, counts.withheld_mb * BYTES_PER_MIB)
         yield _labelled(table.EVENTS, counts.events)
 
     def durations(self) -> Iterator[Family]:

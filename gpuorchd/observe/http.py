@@ -27,7 +27,10 @@ BACKLOG = 128
 
 
 class AllocationsView(Protocol):
-    """A page of allocations without tokens: `allocations` and `next`, as the wire has them."""
+    """A page of allocations without tokens: `allocations` and `next`, as the wire has them.
+
+    Raises `ValueError` for an `after` that no page ends with.
+    """
 
     def __call__(self, after: str | None, limit: int, /) -> Mapping[str, Any]: ...
 
@@ -143,8 +146,6 @@ class HttpSide:
             sock.close()
             reason = os.strerror(error.errno or errno.EIO)
             self.failure = f"{ADDRESS}:{self._port} cannot be had: {reason}"
-            self._report(
-                "http.bind_failed", address=f"{ADDRESS}:{self._port}", error=reason
-            )
+            self._report("http.bind_failed", address=f"{ADDRESS}:{self._port}", error=reason)
             return None
         return sock

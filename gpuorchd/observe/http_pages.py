@@ -89,7 +89,8 @@ class Answers:
             shown = ", ".join(asked.hosts)[:100] or "missing"
             raise _Refused(
                 error_page(
-                    403, "forbidden",
+                    403,
+                    "forbidden",
                     f"the Host header is {shown}; allowed: {', '.join(sorted(self._hosts))}",
                 )
             )
@@ -143,7 +144,11 @@ class Answers:
         parts: list[bytes] = []
         # In slices: a thousand entries made and encoded at once would be felt by leases.
         while left:
-            page = self._pages.allocations(after, min(left, SLICE_ALLOCATIONS))
+            try:
+                page = self._pages.allocations(after, min(left, SLICE_ALLOCATIONS))
+            except ValueError:
+                message = f"after is {str(after)[:100]!r}; allowed: a lease's id"
+                raise _Refused(error_page(400, BAD_REQUEST, message)) from None
             entries = page["allocations"]
             parts += [msgspec.json.encode(entry) for entry in entries]
             after = page["next"]

@@ -83,8 +83,9 @@ class Log:
         self._take(name, fields)
 
     def announce(self, effect: Announce) -> None:
-        """Log what the core announces. The owner's own fields are not logged."""
-        self._take(effect.name, effect.fields)
+        """Log what the core announces to all. What goes to an owner alone is not logged."""
+        if not effect.private:
+            self._take(effect.name, effect.fields)
 
     def attach(self, engine: ObservedEngine) -> None:
         """Log every `Announce` from now on, and give each line the engine's turn as its cause."""

@@ -35,9 +35,7 @@ class Lines:
         self._form = form
         self._json = JSONRenderer(separators=(",", ":"))
         self._logfmt = LogfmtRenderer(bool_as_flag=False)
-        self._console = ConsoleRenderer(
-            colors=colours, sort_keys=False, pad_event_to=EVENT_COLUMNS
-        )
+        self._console = ConsoleRenderer(colors=colours, sort_keys=False, pad_event_to=EVENT_COLUMNS)
 
     def render(
         self, time_s: float, level: Level, name: str, cause_id: int, fields: Mapping[str, object]

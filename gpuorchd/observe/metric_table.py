@@ -42,22 +42,27 @@ UPTIME = _spec("uptime_seconds", "gauge", "Time since the daemon started")
 SAFE_MODE = _spec("safe_mode", "gauge", "1 while SAFE_MODE is on")
 POLICY_REVISION = _spec("policy_revision", "gauge", "Revision of the policy in force")
 ACTIVE_LEASES = _spec("active_leases", "gauge", "Live leases, draining ones not counted")
-LEASES = _spec(
-    "leases", "gauge", "Leases by state, those that still keep bytes included", "state"
-)
+LEASES = _spec("leases", "gauge", "Leases by state, those that still keep bytes included", "state")
 AGENT_LEASED = _spec(
-    "agent_leased_bytes", "gauge",
-    "Memory of live leases by agent over all GPUs; 64 names, the rest as other", "agent",
+    "agent_leased_bytes",
+    "gauge",
+    "Memory of live leases by agent over all GPUs; 64 names, the rest as other",
+    "agent",
 )
 QUEUE_DEPTH = _spec("queue_depth", "gauge", "Waiting requests by priority", "priority")
 
 REQUESTS = _spec(
-    "requests_total", "counter", "Requests answered, by op and outcome (ok or the error code)",
-    "op", "outcome",
+    "requests_total",
+    "counter",
+    "Requests answered, by op and outcome (ok or the error code)",
+    "op",
+    "outcome",
 )
 LEASE_REQUESTS = _spec(
-    "lease_requests_total", "counter",
-    "Lease requests decided: granted, denied, timeout or cancelled", "outcome",
+    "lease_requests_total",
+    "counter",
+    "Lease requests decided: granted, denied, timeout or cancelled",
+    "outcome",
 )
 RELEASE_REQUESTS = _spec(
     "release_requests_total", "counter", "Release requests answered, by outcome", "outcome"
@@ -71,11 +76,19 @@ WAIT = _spec(
 GRANT = _spec("lease_grant_seconds", "histogram", "From handling the decisive event to the answer")
 DRAIN = _spec("lease_drain_seconds", "histogram", "From a lease's end until its bytes were free")
 WITHHELD_TOTAL = _spec(
-    "leases_withheld_total", "counter",
+    "leases_withheld_total",
+    "counter",
     "Leases whose bytes did not come back within the drain timeout",
 )
+WITHHELD_BYTES_TOTAL = _spec(
+    "leases_withheld_bytes_total",
+    "counter",
+    "Memory that had not come back at the drain timeout, counted once for each lease",
+)
 WITHHELD = _spec(
-    "withheld_bytes", "gauge", "Memory of ended leases kept back beyond the drain timeout"
+    "withheld_bytes",
+    "gauge",
+    "Memory of ended leases that is kept back beyond the drain timeout now",
 )
 
 GPU_TOTAL = _spec("gpu_memory_total_bytes", "gauge", "Memory of the GPU", *GPU)
@@ -100,9 +113,7 @@ MPS_ENABLED = _spec("mps_enabled", "gauge", "1 while CUDA MPS runs and is used")
 NVML_CALLS = _spec(
     "nvml_call_duration_seconds", "histogram", "Time that driver calls took", "function"
 )
-NVML_FAILURES = _spec(
-    "nvml_call_failures_total", "counter", "Driver calls that failed", "function"
-)
+NVML_FAILURES = _spec("nvml_call_failures_total", "counter", "Driver calls that failed", "function")
 
 CONNECTIONS = _spec("connections_open", "gauge", "Open connections on the Unix socket")
 UNSENT = _spec("unsent_bytes", "gauge", "Replies and events that clients have not taken yet")

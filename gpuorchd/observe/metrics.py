@@ -47,11 +47,13 @@ class Counts:
         "lag",
         "started_ns",
         "wait",
+        "withheld_mb",
     )
 
     def __init__(self, started_ns: int) -> None:
         self.started_ns = started_ns
         self.granted = 0
+        self.withheld_mb = 0
         self.denials = dict.fromkeys((note.value for note in Note), 0)
         self.events = dict.fromkeys(EVENTS, 0)
         self.wait = Histogram(table.WAIT_BOUNDS_S)
@@ -103,6 +105,10 @@ class Metrics:
             self._rendering.add_done_callback(self._rendered)
         return await asyncio.shield(self._rendering)
 
+    async def render_text(self) -> str:
+        """Render the page as text, for the socket's `metrics`."""
+        return (await self.render()).decode()
+
     def _rendered(self, task: asyncio.Task[bytes]) -> None:
         self._rendering = None
 
@@ -139,9 +145,15 @@ class Metrics:
     def _on_announce(self, effect: Announce) -> None:
         counts = self.counts
         name = effect.name
+        if effect.private:
+            return
         if name in counts.events:
             counts.events[name] += 1
         if name == "lease.drained":
             drain_s = effect.fields.get("drain_s")
             if isinstance(drain_s, int | float):
                 counts.drain.add(round(drain_s * NS_PER_S))
+        elif name == "lease.withheld":
+            memory_mb = effect.fields.get("memory_mb")
+            if isinstance(memory_mb, int):
+                counts.withheld_mb += memory_mb

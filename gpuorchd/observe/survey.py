@@ -97,5 +97,3 @@ def _memory(state: State, device: Device, now_ns: int) -> GpuMemory:
         draining_mb=device.draining_mb,
         unleased_mb=outside_mb,
     )
-
-
