@@ -35,6 +35,7 @@ PURE = frozenset(
 WIRE = "libclient.wire"
 CORE = "gpuorchd.core"
 ENGINE = "gpuorchd.engine"
+VIEWS = "gpuorchd.views"
 VERSION = "libclient.version"
 
 
@@ -108,8 +109,15 @@ ROOMS = (
         "the engine carries effects to whoever registered, and knows no room by name",
     ),
     Room(
+        VIEWS,
+        (CORE, WIRE),
+        (),
+        "what is shown of the state is computed from it alone, the same for socket and HTTP",
+        PURE,
+    ),
+    Room(
         "gpuorchd.server",
-        ("gpuorchd.server", CORE, ENGINE, WIRE, VERSION, "gpuorchd.devices.telemetry"),
+        ("gpuorchd.server", CORE, ENGINE, VIEWS, WIRE, VERSION, "gpuorchd.devices.telemetry"),
         ("msgspec", "uvloop"),
         "the server turns bytes into events and answers: it knows devices only by their telemetry, "
         "and neither metrics nor configuration",
@@ -134,7 +142,7 @@ ROOMS = (
     ),
     Room(
         "gpuorchd.observe",
-        ("gpuorchd.observe", CORE, ENGINE, WIRE, VERSION),
+        ("gpuorchd.observe", CORE, ENGINE, VIEWS, WIRE, VERSION),
         ("aiohttp", "prometheus_client", "structlog", "msgspec"),
         "what watches is registered from outside: nobody waits for it, and it sees no request",
     ),
