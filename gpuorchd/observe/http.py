@@ -121,8 +121,8 @@ class HttpSide:
             return
         server: HttpServer = module.HttpServer(self._pages, self._report, self._connections_max)
         await server.start(self._sock)
-        self._server = server
         host, port = self._sock.getsockname()[:2]
+        self._server = server
         self._report("http.bound", address=f"{host}:{port}")
 
     async def stop(self) -> None:

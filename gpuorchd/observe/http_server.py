@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from typing import cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -67,7 +68,12 @@ class HttpServer:
 
     async def start(self, sock: socket.socket) -> None:
         """Begin to accept. The caller closes `sock` after `stop`."""
-        self._listener = await self._loop.create_server(self._accept, sock=sock.dup())
+        own = sock.dup()
+        try:
+            self._listener = await self._loop.create_server(self._accept, sock=own)
+        except BaseException:
+            own.close()
+            raise
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
 
     async def stop(self) -> None:
@@ -136,14 +142,15 @@ class _Refusal(asyncio.Protocol):
         self._limit = limit
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        # uvloop's transports are transports by their methods, not by their class.
+        stream = cast("asyncio.Transport", transport)
         page = error_page(503, "limit", f"{self._limit} connections are open; no more are allowed")
-        transport.write(
+        stream.write(
             b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nCache-Control: no-store\r\n"
             b"Content-Type: %b\r\nContent-Length: %d\r\n\r\n%b"
             % (page.content_type.encode(), len(page.body), page.body)
         )
-        transport.close()
+        stream.close()
 
 
 def _headers(page: Page) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """A real engine on simulated cards and a clock that the test moves: what the observe room looks at.
 
-Each connection is a process of its own, of one of ten users. Tokens all hold `SECRET`, so that a test can look for them
-wherever they must not be.
+Each connection is a process of its own, of one of ten users. Tokens all hold `SECRET`, so that a
+test can look for them wherever they must not be.
 """
 
 from __future__ import annotations
@@ -99,5 +99,5 @@ async def until(condition: Callable[[], object]) -> None:
     """Wait until something holds, or fail after `DEADLINE_S`."""
     async with asyncio.timeout(DEADLINE_S):
         # Conditions are of the outside (a pipe, a socket): there is nothing to be woken by.
-        while not condition():  # noqa: ASYNC110  # see above
+        while not condition():
             await asyncio.sleep(0.005)
