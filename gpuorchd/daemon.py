@@ -41,7 +41,7 @@ from gpuorchd.host.socket_file import claim_socket
 from gpuorchd.host.start import EXIT_BUG
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
-from gpuorchd.server.server import Server
+from gpuorchd.server.listener import Server
 from gpuorchd.server.services import Options, Services
 from libclient.version import VERSION
 
@@ -73,13 +73,14 @@ async def _live(config: Config, log: Log, began_ns: int) -> int:
     try:
         async with AsyncExitStack() as closing:
             daemon = Daemon(_fit(config, log), log, lifecycle, closing)
-            await daemon.start()
+            daemon.start()
             daemon.tell_started(began_ns)
             code = await lifecycle.ended
             lifecycle.set_deadline(daemon.release_socket)
             if code != EXIT_BUG:
                 daemon.ask_to_stop()
-        log.event("daemon.stopped")
+        if code != EXIT_BUG:
+            log.event("daemon.stopped")
         return code
     finally:
         lifecycle.uninstall()
@@ -127,17 +128,17 @@ class Daemon:
         self._source = _device_source(config, self._engine, self._loop, log)
         closing.push_async_callback(self._source.stop)
 
-    async def start(self) -> None:
+    def start(self) -> None:
         """Let every room register, then answer, then look for GPUs and load the rest."""
         engine = self._engine
         observers = Observers(self._config, engine, self._source, self._store, self._log)
-        server = Server(engine, self._loop, self._services(observers), self._options())
+        server = Server(engine, self._services(observers), self._options(), self._loop)
         engine.on(PersistSettings, lambda effect: self._store.persist(effect, engine.submit))
         attach_source(engine, self._source)
         self._processes.attach(engine)
         observers.register(server)
-        await server.start(self._socket.listener)
         self._closing.push_async_callback(server.stop)
+        server.serve(self._socket.listener)
         if not engine.state.safe_mode:
             self._source.open()
         # What is here now stays: the collector need not look at it again and again.

@@ -27,7 +27,7 @@ from gpuorchd.observe.readiness import (
     settings_check,
 )
 from gpuorchd.observe.sources import Sources
-from gpuorchd.server.server import Server
+from gpuorchd.server.listener import Server
 
 # The port is most likely held by a daemon that is on its way out.
 HTTP_RETRY_S = 5.0
@@ -162,6 +162,9 @@ class Observers:
     def _sources(self, server: Server) -> Sources:
         source = self._source
         return Sources(
+            request_counts=lambda: server.request_counts,
+            connections_open=lambda: server.connections,
+            unsent_bytes=lambda: server.unsent_bytes,
             driver_status=source.status,
             telemetry=source.telemetry,
             driver_calls=source.call_stats,
