@@ -2,8 +2,8 @@
 
 Owns the byte limits and the incremental splitter that both sides use. Knows nothing of what a
 frame holds. Bytes come in through `FrameSplitter.feed`; whole payloads come out of
-`FrameSplitter.next_frame`, one at a time, so that a caller that must stop (a full outbox) leaves the
-rest unparsed.
+`FrameSplitter.next_frame`, one at a time, so that a caller that must stop (a full outbox) leaves
+the rest unparsed.
 """
 
 from __future__ import annotations
@@ -52,22 +52,30 @@ class FrameSplitter:
     """Cut a byte stream into frames, whatever pieces it arrives in.
 
     Holds at most one incomplete frame plus what `feed` was given last. `limit` is the largest
-    payload in bytes.
+    payload in bytes. Pieces that do not complete a frame are gathered in place, so a frame that
+    arrives a byte at a time costs no more than its length.
     """
 
     __slots__ = ("_buffer", "_limit", "_offset")
 
     def __init__(self, limit: int) -> None:
-        self._buffer = b""
+        # As it came while it holds whole frames only, else a bytearray that grows.
+        self._buffer: bytes | bytearray = b""
         self._offset = 0
         self._limit = limit
 
     def feed(self, data: bytes) -> None:
         """Take bytes as they came from the socket."""
-        if self._offset == len(self._buffer):
+        buffer = self._buffer
+        if self._offset == len(buffer):
             self._buffer = data
+        elif isinstance(buffer, bytearray):
+            if self._offset:
+                del buffer[: self._offset]
+            buffer += data
         else:
-            self._buffer = self._buffer[self._offset :] + data
+            self._buffer = bytearray(memoryview(buffer)[self._offset :])
+            self._buffer += data
         self._offset = 0
 
     def next_frame(self) -> bytes | None:
@@ -93,7 +101,8 @@ class FrameSplitter:
             self._offset = 0
         else:
             self._offset = end
-        return buffer[start:end]
+        payload = buffer[start:end]
+        return payload if isinstance(payload, bytes) else bytes(payload)
 
     @property
     def pending_bytes(self) -> int:

@@ -1,0 +1,128 @@
+"""What is still to be sent on one connection, and what the kernel has taken of it.
+
+Owns every write to a client. Frames are gathered while a turn runs and leave in as few writes as
+their size allows. A write never waits: what the kernel does not take is kept, and `blocked` says so
+until a later `flush` has sent it. Frames are merged only up to the size that a Unix stream socket
+takes whole or not at all, so a frame of which a part has left (`partial`) stays rare.
+
+Whoever fills an outbox bounds it: `unsent_bytes` is there to be asked. What is unsent over all
+outboxes is kept in one `Unsent`, counted from the moment that the kernel refuses bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import Final
+
+from libclient.wire.framing import WHOLE_FRAME_BYTES
+
+# A reader as fast as the writer could keep one flush going for a whole large reply; the rest
+# goes in the next turn of the loop, after everyone else.
+FLUSH_BYTES: Final = 262_144
+
+
+class Unsent:
+    """Bytes that kernels have refused so far, over all connections."""
+
+    __slots__ = ("total_bytes",)
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+
+
+class Outbox:
+    """Unsent frames of one connection. The descriptor stays the connection's: it is not closed."""
+
+    __slots__ = (
+        "_chunks",
+        "_counted",
+        "_fd",
+        "_sent",
+        "_shared",
+        "blocked",
+        "broken",
+        "unsent_bytes",
+    )
+
+    def __init__(self, fd: int, shared: Unsent) -> None:
+        self._fd = fd
+        self._shared = shared
+        self._chunks: deque[bytes] = deque()
+        # Bytes of the first chunk that the kernel has.
+        self._sent = 0
+        # What this outbox has added to the shared count.
+        self._counted = 0
+        self.unsent_bytes = 0
+        # The last flush left something: a later one is needed when the descriptor can be written.
+        self.blocked = False
+        # The peer is gone: nothing will ever be sent again.
+        self.broken = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether the kernel has a part of a frame and not the rest of it."""
+        return self._sent > 0
+
+    def put(self, data: bytes) -> None:
+        """Add one frame or line."""
+        self._chunks.append(data)
+        self.unsent_bytes += len(data)
+
+    def flush(self) -> None:
+        """Send what the kernel takes. Never blocks and never raises for what a peer did."""
+        chunks = self._chunks
+        budget = FLUSH_BYTES
+        try:
+            while chunks and budget > 0:
+                if self._sent:
+                    data: bytes | memoryview = memoryview(chunks[0])[self._sent :]
+                elif len(chunks) == 1:
+                    data = chunks[0]
+                else:
+                    data = self._merged()
+                taken = os.write(self._fd, data)
+                budget -= taken
+                self._forget(taken)
+                if taken < len(data):
+                    break
+        except BlockingIOError:
+            pass
+        except OSError:
+            # The peer is gone. Its end reaches the connection by the usual way.
+            self.drop()
+            self.broken = True
+            return
+        self.blocked = bool(chunks)
+        if self.blocked or self._counted:
+            self._count()
+
+    def drop(self) -> None:
+        """Forget everything unsent."""
+        self._chunks.clear()
+        self._sent = 0
+        self.unsent_bytes = 0
+        self.blocked = False
+        self._count()
+
+    def _merged(self) -> bytes:
+        size = 0
+        first: list[bytes] = []
+        for chunk in self._chunks:
+            size += len(chunk)
+            if first and size > WHOLE_FRAME_BYTES:
+                break
+            first.append(chunk)
+        return b"".join(first) if len(first) > 1 else first[0]
+
+    def _forget(self, taken: int) -> None:
+        self.unsent_bytes -= taken
+        chunks = self._chunks
+        taken += self._sent
+        while chunks and taken >= len(chunks[0]):
+            taken -= len(chunks.popleft())
+        self._sent = taken
+
+    def _count(self) -> None:
+        self._shared.total_bytes += self.unsent_bytes - self._counted
+        self._counted = self.unsent_bytes
