@@ -84,8 +84,14 @@ class Log:
 
     def announce(self, effect: Announce) -> None:
         """Log what the core announces to all. What goes to an owner alone is not logged."""
-        if not effect.private:
-            self._take(effect.name, effect.fields)
+        if effect.private:
+            return
+        name = effect.name
+        if name in self._suppressed:
+            # The window has no line left for it: all that a busy lease path pays.
+            self._suppressed[name] += 1
+        else:
+            self._take(name, effect.fields)
 
     def attach(self, engine: ObservedEngine) -> None:
         """Log every `Announce` from now on, and give each line the engine's turn as its cause."""

@@ -143,10 +143,10 @@ class Metrics:
         self.counts.denials[effect.denial.note.value] += 1
 
     def _on_announce(self, effect: Announce) -> None:
-        counts = self.counts
-        name = effect.name
         if effect.private:
             return
+        counts = self.counts
+        name = effect.name
         if name in counts.events:
             counts.events[name] += 1
         if name == "lease.drained":

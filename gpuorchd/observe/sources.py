@@ -89,7 +89,7 @@ class DriverChecks(Protocol):
 class Sources:
     """Figures of other rooms, read at a scrape. None: that room does not run."""
 
-    # Requests answered, by op and outcome: "ok" or a code of the wire.
+    # Requests answered, by op and outcome: `ok`, `granted`, a denial's note, or an error's code.
     request_counts: Callable[[], Mapping[tuple[str, str], int]] | None = None
     connections_open: Callable[[], int] | None = None
     unsent_bytes: Callable[[], int] | None = None

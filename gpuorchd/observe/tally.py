@@ -22,6 +22,7 @@ class Histogram:
 
     def add(self, duration_ns: int) -> None:
         """Count one duration. One that is negative (a clock of another room) counts as 0."""
+        # Most grants waited for nothing: those need no search.
         if duration_ns > 0:
             self.counts[bisect_left(self._bounds_ns, duration_ns)] += 1
             self.sum_ns += duration_ns

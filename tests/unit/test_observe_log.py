@@ -105,6 +105,20 @@ def test_chatty_events_are_bounded_in_rate_and_the_rest_is_counted(pipe: Pipe) -
     assert log.suppressed_total == 150
 
 
+def test_announced_leases_beyond_the_rate_are_counted_too(pipe: Pipe) -> None:
+    engine = ObservedEngine()
+    log = Log(form="json", fd=pipe.writer)
+    log.attach(engine)
+    for _ in range(CHATTY_PER_S + 30):
+        engine.release(engine.ask())
+    log.close()
+    entries = pipe.entries()
+    suppressed = [entry for entry in entries if entry["event"] == "log.suppressed"]
+    told = {entry["kind"]: entry["count"] for entry in suppressed}
+    assert told == {"lease.granted": 30, "lease.released": 30, "lease.draining": 30}
+    assert sum(entry["event"] == "lease.granted" for entry in entries) == CHATTY_PER_S
+
+
 async def test_a_new_second_has_lines_again(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_module, "WINDOW_S", 0.01)
     log = Log(form="json", fd=pipe.writer)
