@@ -76,8 +76,6 @@ class AsyncLease(Decision):
     it.
     """
 
-    __slots__ = ("__weakref__", "_client", "_owned")
-
     def __init__(
         self, client: AsyncClient | None, on_event: EventHandler | None, owned: bool
     ) -> None:

@@ -33,10 +33,9 @@ class Lease(Decision):
     or of the process, or until the daemon ends it; keep this object while it is wanted.
     """
 
-    __slots__ = ("__weakref__", "_client", "_owned")
-
     def __init__(self, client: Client | None, on_event: EventHandler | None, owned: bool) -> None:
-        super().__init__(on_event)
+        # Not through `super`: this is on the path of every lease.
+        self.on_event = on_event
         self._client = client
         self._owned = owned
 

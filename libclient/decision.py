@@ -7,7 +7,8 @@ decision is for the CPU until a whole, well-formed grant has come.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 Event = dict[str, Any]
@@ -35,39 +36,24 @@ class Decision:
     ended: None while the lease lives, else why it does not (`released`, `expired`, ...).
     """
 
-    __slots__ = (
-        "_reply",
-        "deadline",
-        "detail",
-        "ended",
-        "expires_at",
-        "granted",
-        "lease_id",
-        "on_event",
-        "reason",
-        "renew_at",
-        "renewing",
-        "revoking",
-        "token",
-        "ttl_s",
-    )
+    # One is made for every request: what is seldom set costs nothing as a default of the class.
+    granted = False
+    reason = ""
+    detail = ""
+    lease_id: str | None = None
+    token: str | None = None
+    expires_at: float | None = None
+    ended: str | None = None
+    revoking = False
+    deadline: float | None = None
+    # When to renew, on the driver's monotonic clock, and for how long that is good.
+    renew_at: float | None = None
+    ttl_s = 0.0
+    renewing = False
+    _reply: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, on_event: EventHandler | None = None) -> None:
         self.on_event = on_event
-        self.granted = False
-        self.reason = ""
-        self.detail = ""
-        self.lease_id: str | None = None
-        self.token: str | None = None
-        self.expires_at: float | None = None
-        self.ended: str | None = None
-        self.revoking = False
-        self.deadline: float | None = None
-        # When to renew, on the driver's monotonic clock, and for how long that is good.
-        self.renew_at: float | None = None
-        self.ttl_s = 0.0
-        self.renewing = False
-        self._reply: dict[str, Any] = {}
 
     @property
     def device(self) -> str:
@@ -116,23 +102,31 @@ class Decision:
 
     def settle(self, reply: dict[str, Any], now_s: float) -> None:
         """Take the daemon's answer. Raises `Malformed`, and changes nothing, if it is not one."""
-        if reply.get("granted") is True:
-            expires_at = reply.get("expires_at")
-            _check_grant(reply, expires_at)
+        if reply.get("granted") is not True:
+            note = reply.get("note")
+            if reply.get("granted") is not False or type(note) is not str:
+                raise Malformed("a lease reply is neither a grant nor a refusal")
             self._reply = reply
-            self.lease_id = reply["lease_id"]
-            self.token = reply["token"]
-            if expires_at is not None:
-                self.expires_at = float(expires_at)
-                self.ttl_s = max(0.0, self.expires_at - float(reply["timestamp"]))
-                self.renew_at = now_s + self.ttl_s / 3
-            self.granted = True
+            self.refuse(note, _in_words(reply))
             return
-        note = reply.get("note")
-        if reply.get("granted") is not False or type(note) is not str:
-            raise Malformed("a lease reply is neither a grant nor a refusal")
+        lease_id, token = reply.get("lease_id"), reply.get("token")
+        if type(lease_id) is not str or type(token) is not str:
+            raise Malformed("a grant has no lease_id or no token")
+        _check_grant(reply)
+        if reply.get("expires_at") is not None:
+            self._set_ttl(reply, now_s)
         self._reply = reply
-        self.refuse(note, _in_words(reply))
+        self.lease_id = lease_id
+        self.token = token
+        self.granted = True
+
+    def _set_ttl(self, reply: dict[str, Any], now_s: float) -> None:
+        expires_at, timestamp = reply["expires_at"], reply.get("timestamp")
+        if not isinstance(expires_at, float | int) or not isinstance(timestamp, float | int):
+            raise Malformed("a grant's expires_at or timestamp is not a time")
+        self.expires_at = float(expires_at)
+        self.ttl_s = max(0.0, expires_at - timestamp)
+        self.renew_at = now_s + self.ttl_s / 3
 
     def refuse(self, reason: str, detail: str) -> None:
         """Go on with the CPU."""
@@ -160,10 +154,8 @@ class Decision:
         )
 
 
-def _check_grant(reply: dict[str, Any], expires_at: object) -> None:
-    if type(reply.get("lease_id")) is not str or type(reply.get("token")) is not str:
-        raise Malformed("a grant has no lease_id or no token")
-    gpus = reply.get("gpus")
+def _check_grant(reply: dict[str, Any]) -> None:
+    gpus, env = reply.get("gpus"), reply.get("env")
     if type(gpus) is not list or not gpus:
         raise Malformed("a grant names no GPUs")
     for gpu in gpus:
@@ -171,16 +163,11 @@ def _check_grant(reply: dict[str, Any], expires_at: object) -> None:
             raise Malformed("a grant names a GPU without its memory_mb")
         if type(gpu.get("uuid")) is not str or type(gpu.get("index")) is not int:
             raise Malformed("a grant names a GPU without its uuid or index")
-    env = reply.get("env")
     if type(env) is not dict:
         raise Malformed("a grant has no env")
     for value in env.values():
         if type(value) is not str:
             raise Malformed("a grant's env holds something other than strings")
-    if expires_at is not None and not (
-        type(expires_at) in (float, int) and type(reply.get("timestamp")) in (float, int)
-    ):
-        raise Malformed("a grant's expires_at or timestamp is not a time")
 
 
 def _in_words(reply: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
+from select import POLLOUT
 from threading import Lock
 from time import monotonic
 from typing import TypeVar
@@ -73,20 +74,28 @@ class Exchange:
                 if self.forked:
                     raise ForkedClient
                 ticket = operation.send(None)
-                if session.outgoing:
-                    self._flush()
                 if self._leader is None and not ticket.done:
                     self._leader = ticket
                     if self._watched and self._unwatch is not None:
                         self._watched = False
                         self._unwatch()
+                if session.outgoing:
+                    self._flush()
             if session.outgoing:
                 self._send_rest(deadline_s)
-            while not ticket.done:
-                if self._leader is ticket:
-                    self._read(ticket, deadline_s)
-                else:
+            done = ticket.done
+            while not done:
+                if self._leader is not ticket:
                     self._follow(ticket, deadline_s)
+                    done = ticket.done
+                elif (data := self._link.receive()) is None:
+                    self._link.wait(deadline_s)
+                else:
+                    with self._lock:
+                        self._take_in(data)
+                        done = ticket.done
+                        if done:
+                            self._pass_on()
             operation.send(None)
         except StopIteration as end:
             value: T = end.value
@@ -94,13 +103,6 @@ class Exchange:
         except BaseException as fault:
             return self._give_up(operation, ticket, fault)
         raise AssertionError("an operation has one step")
-
-    def _read(self, ticket: Ticket, deadline_s: float) -> None:
-        data = self._link.receive(deadline_s)
-        with self._lock:
-            self._take_in(data)
-            if ticket.done:
-                self._pass_on()
 
     def _take_in(self, data: bytes) -> None:
         """Feed what was read, and do what follows from it. Called with the lock."""
@@ -136,14 +138,15 @@ class Exchange:
 
     def _keep(self) -> None:
         """Let the keeper watch, where something is to be expected. Called with the lock."""
-        if self.closed or not self.session.expects_input:
+        session = self.session
+        if not (session.leases or session.expects_input) or self.closed:
             return
         if self._watch is None:
             self._watch, self._unwatch = KEEPER.adopt(self, self.fileno())
         self._watched = True
         self._watch()
-        if self.session.renew_at is not None:
-            KEEPER.expect(self.session.renew_at)
+        if session.renew_at is not None:
+            KEEPER.expect(session.renew_at)
 
     def _follow(self, ticket: Ticket, deadline_s: float) -> None:
         """Wait until the answer is here, or the lead."""
@@ -208,7 +211,7 @@ class Exchange:
     def _send_rest(self, deadline_s: float) -> None:
         """Wait until all is sent, the requests of other threads included."""
         while self.session.outgoing:
-            self._link.wait_writable(deadline_s)
+            self._link.wait(deadline_s, POLLOUT)
             with self._lock:
                 if self.session.outgoing:
                     self._flush()

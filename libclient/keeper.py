@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from time import monotonic
 from typing import Protocol
 
@@ -76,8 +77,7 @@ class Keeper:
             epoll = self._start()
             self._kept[fd] = weakref.ref(kept)
             epoll.register(fd, _DISARMED)
-        modify = epoll.modify
-        return lambda: modify(fd, _ARMED), lambda: modify(fd, _DISARMED)
+        return partial(epoll.modify, fd, _ARMED), partial(epoll.modify, fd, _DISARMED)
 
     def disown(self, fd: int) -> None:
         """Forget a connection, before its descriptor is closed."""

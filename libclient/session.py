@@ -24,6 +24,7 @@ from libclient.decision import Decision, Event, EventHandler, Malformed
 from libclient.errors import CLOSED, GARBAGE, NO_DAEMON, SEALED, Unavailable
 from libclient.tickets import Subscription, Ticket
 from libclient.wire.framing import (
+    HEADER,
     HEADER_BYTES,
     MAX_REPLY_BYTES,
     EmptyFrame,
@@ -84,7 +85,7 @@ class Session:
         request_id = self._last_id + 1
         frame = self._encode({"id": request_id, "op": op, **fields})
         self._last_id = request_id
-        self.outgoing = self.outgoing + frame if self.outgoing else frame
+        self.outgoing += frame
         ticket = self.pending[request_id] = Ticket(request_id, op, target)
         return ticket
 
@@ -116,11 +117,12 @@ class Session:
 
     def drop(self, lease: Decision) -> bool:
         """Forget a lease that is about to be released. Return whether there is one to release."""
-        if not lease.live or lease.lease_id is None:
+        if lease.ended is not None or lease.lease_id is None:
             return False
         lease.ended = "released"
         self.leases.pop(lease.lease_id, None)
-        self._plan_renewals()
+        if lease.renew_at is not None:
+            self._plan_renewals()
         return True
 
     def by_token(self, token: str) -> Decision | None:
@@ -180,9 +182,8 @@ class Session:
             return
         self.torn = True
         try:
-            if not self._midway and int.from_bytes(data[:HEADER_BYTES], "big") == (
-                len(data) - HEADER_BYTES
-            ):
+            size = len(data) - HEADER_BYTES
+            if not self._midway and size > 0 and HEADER.unpack_from(data)[0] == size:
                 # Nearly always a read is one whole frame.
                 self._on_payload(data[HEADER_BYTES:], now_s)
             else:
@@ -230,54 +231,52 @@ class Session:
             raise Malformed(f"a frame that is not msgpack ({type(fault).__name__})") from None
         if type(message) is not dict:
             raise Malformed(f"a frame holds a {type(message).__name__}, not a map")
-        if "ok" in message:
-            self._on_reply(message, now_s)
-        elif "event" in message:
+        ok = message.get("ok")
+        if ok is None:
             self._on_event(message)
-        else:
-            raise Malformed("a message that is neither a reply nor an event")
-
-    def _on_reply(self, reply: dict[str, Any], now_s: float) -> None:
-        request_id = reply.get("id")
-        if reply["ok"] is not True:
-            _check_error(reply)
-            if request_id is None:
-                raise Malformed(f"it could not read a request: {reply['error']['message']}")
+            return
+        if ok is not True:
+            _check_error(message)
+        request_id = message.get("id")
         ticket = self.pending.pop(request_id, None) if type(request_id) is int else None
         if ticket is None:
-            raise Malformed(f"an answer to nothing that was asked (id {request_id!r})")
-        try:
-            if ticket.abandoned:
-                ticket.reply = reply
-                self._on_late_reply(ticket, now_s)
-                return
-            if ticket.target is not None and reply["ok"]:
-                self._on_target(ticket.target, reply, now_s)
-        except Malformed as fault:
-            # The caller must hear of it as well.
-            ticket.failure = Unavailable(f"garbage from the daemon: {fault}", GARBAGE)
-            ticket.finish()
-            raise
-        if ticket.op == "seal" and reply["ok"]:
+            raise Malformed(f"an answer to nothing that was asked: {_gist(message)}")
+        ticket.reply = message
+        if ticket.abandoned:
+            self._on_late_reply(ticket, now_s)
+            return
+        if ok is True and ticket.target is not None:
+            self._on_target(ticket, ticket.target, now_s)
+        elif ticket.op == "seal" and ok is True:
             self._on_sealed()
-        ticket.reply = reply
-        ticket.finish()
+        ticket.done = True
+        if ticket.wake is not None:
+            ticket.wake()
 
-    def _on_target(
-        self, target: Decision | Subscription, reply: dict[str, Any], now_s: float
-    ) -> None:
+    def _on_target(self, ticket: Ticket, target: Decision | Subscription, now_s: float) -> None:
+        """Keep what an answer brought before anything that follows it is read."""
+        reply = ticket.reply
         if isinstance(target, Decision):
-            target.settle(reply, now_s)
+            try:
+                target.settle(reply, now_s)
+            except Malformed as fault:
+                # The caller must hear of it as well.
+                ticket.failure = Unavailable(f"garbage from the daemon: {fault}", GARBAGE)
+                ticket.finish()
+                raise
             if target.lease_id is not None:
                 self.leases[target.lease_id] = target
                 if target.renew_at is not None:
                     self._plan_renewals()
             return
-        number, seq = reply.get("subscription"), reply.get("seq")
-        if type(number) is not int or type(seq) is not int:
-            raise Malformed("a subscription without its number or seq")
-        target.number = number
-        self.subscriptions[number] = target
+        number = reply.get("subscription")
+        if type(number) is int:
+            target.number = number
+            self.subscriptions[number] = target
+            return
+        ticket.failure = Unavailable("garbage from the daemon: a nameless subscription", GARBAGE)
+        ticket.finish()
+        raise Malformed("a nameless subscription")
 
     def _on_late_reply(self, ticket: Ticket, now_s: float) -> None:
         self.late -= 1
@@ -294,9 +293,9 @@ class Session:
     # -- events
 
     def _on_event(self, event: Event) -> None:
-        name, number = event["event"], event.get("subscription")
+        name, number = event.get("event"), event.get("subscription")
         if type(name) is not str:
-            raise Malformed("an event whose name is not a string")
+            raise Malformed("a message that is neither a reply nor an event")
         if number is not None:
             # One that was just ended may still have events under way.
             if type(number) is int and number in self.subscriptions:
@@ -367,6 +366,12 @@ def _check_error(reply: dict[str, Any]) -> None:
         or type(error.get("message")) is not str
     ):
         raise Malformed("a refusal without its code and message")
+
+
+def _gist(reply: dict[str, Any]) -> str:
+    if reply["ok"] is True:
+        return f"id {reply.get('id')!r}"
+    return f"id {reply.get('id')!r}, {reply['error']['code']}: {reply['error']['message']}"
 
 
 def _missed(last: int | None, event: Event) -> int:

@@ -25,7 +25,12 @@ class Ticket:
     neither block nor come back into the session.
     """
 
-    __slots__ = ("abandoned", "done", "failure", "op", "reply", "request_id", "target", "wake")
+    # One is made for every request: what is seldom set costs nothing as a default of the class.
+    done = False
+    abandoned = False
+    failure: Unavailable | None = None
+    wake: Callable[[], object] | None = None
+    reply: dict[str, Any]
 
     def __init__(
         self, request_id: int, op: str, target: Decision | Subscription | None = None
@@ -33,11 +38,6 @@ class Ticket:
         self.request_id = request_id
         self.op = op
         self.target = target
-        self.done = False
-        self.abandoned = False
-        self.reply: dict[str, Any] = {}
-        self.failure: Unavailable | None = None
-        self.wake: Callable[[], object] | None = None
 
     def result(self) -> dict[str, Any]:
         """Return the reply's map. Raises what went wrong instead, as the caller should see it."""

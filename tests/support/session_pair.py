@@ -1,0 +1,61 @@
+"""The client's session and a daemon's end of the same conversation, back to back, without sockets.
+
+Bytes that the session wants to send are handed to the daemon's end, which decodes them; what the
+daemon's end says is fed to the session in one piece, or cut as the test likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgpack
+
+from libclient.session import Session
+from libclient.wire.framing import MAX_REQUEST_BYTES, FrameSplitter, frame
+
+
+class SessionPair:
+    """Both ends. Time stands still until the test moves it."""
+
+    def __init__(self) -> None:
+        self.session = Session()
+        self.now_s = 100.0
+        self._splitter = FrameSplitter(MAX_REQUEST_BYTES)
+        self._seq = 0
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Carry over what the session sends; return the requests in it."""
+        self._splitter.feed(self.session.outgoing)
+        self.session.outgoing = b""
+        found = []
+        while (payload := self._splitter.next_frame()) is not None:
+            found.append(msgpack.unpackb(payload))
+        return found
+
+    def at_rest(self) -> bool:
+        """Whether nothing is held and nothing is to come."""
+        return not self.session.expects_input
+
+    def feed(self, data: bytes) -> None:
+        """Give the session bytes."""
+        self.session.feed(data, self.now_s)
+
+    def send(self, *messages: dict[str, Any]) -> None:
+        """Say these messages, in one piece."""
+        self.feed(b"".join(frame(msgpack.packb(message)) for message in messages))
+
+    def send_in_pieces(self, messages: Iterable[dict[str, Any]], sizes: Iterable[int]) -> None:
+        """Say these messages, cut into pieces of these sizes and the rest."""
+        data = b"".join(frame(msgpack.packb(message)) for message in messages)
+        for size in sizes:
+            if data:
+                self.feed(data[:size])
+                data = data[size:]
+        if data:
+            self.feed(data)
+
+    def event(self, name: str, **fields: object) -> dict[str, Any]:
+        """Return an event about the connection's own leases, with its `seq`."""
+        self._seq += 1
+        return {"event": name, "seq": self._seq, "time": 1_000.0, **fields}
