@@ -82,13 +82,14 @@ def together(changes: Iterable[Change], agents: Mapping[str, Any]) -> dict[str, 
     """
     result: dict[str, Any] = {}
     rules = {name: dict(rule) for name, rule in agents.items()}
-    seen: set[tuple[str, str | None, str | None]] = set()
+    seen: list[tuple[str, ...]] = []
     for change in changes:
-        key = (change.field, change.agent, change.rule)
-        clashes = {key, (change.field, None, None), (change.field, change.agent, None)}
-        if clashes & seen or (change.agent is None and change.field in {f for f, _, _ in seen}):
-            raise ValueError(f"{change.field} is changed twice")
-        seen.add(key)
+        parts = (change.field, change.agent, change.rule)
+        path = tuple(part for part in parts if part is not None)
+        # One within the other is twice, too.
+        if any(path[: len(other)] == other[: len(path)] for other in seen):
+            raise ValueError(f"{'.'.join(path)} is changed twice")
+        seen.append(path)
         if change.agent is None:
             result[change.field] = change.value
             continue

@@ -1,0 +1,91 @@
+"""What the command line prints: harmless, fitted to its width, honest about what is unknown."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from libclient.cli.lists import gpu_rows, lease_rows, memory_bar, memory_parts
+from libclient.cli.screen import Screen
+from libclient.cli.tables import Cell, Column, bar_lengths, table
+from libclient.cli.text import cells, coloured, cut, plain, safe
+
+HOSTILE = "evil\x1b[2J\x07\r\n\u202etxt\x9b"
+
+
+def test_text_of_others_cannot_steer_a_terminal() -> None:
+    shown = safe(HOSTILE)
+    assert shown.isprintable()
+    assert shown == r"evil\x1b[2J\x07\r\n\u202etxt\x9b"
+
+
+@given(st.text())
+def test_any_text_becomes_one_harmless_line(text: str) -> None:
+    assert safe(text).isprintable()
+
+
+def test_a_lease_of_a_hostile_name_is_listed_harmlessly() -> None:
+    lease = {"agent": HOSTILE, "purpose": HOSTILE, "state": HOSTILE, "priority": HOSTILE}
+    row = lease_rows([{**lease, "lease_id": HOSTILE, "pid": HOSTILE, "gpus": []}])[0]
+    assert all(cell.text.isprintable() for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shown"),
+    [("analyst", 7, "analyst"), ("analyst", 4, "ana…"), ("世界世界", 5, "世界…"), ("abc", 0, "")],
+)
+def test_a_cut_text_fits_and_shows_that_it_was_cut(text: str, width: int, shown: str) -> None:
+    assert cut(text, width) == shown
+    assert cells(shown) <= width
+
+
+def test_colours_do_not_change_the_width_of_a_table() -> None:
+    columns = (Column("A"), Column("B", right=True))
+    rows = [[Cell("x", "bold red"), Cell("1")], [Cell("yyy"), Cell("22", "green")]]
+    without = table(columns, rows, None, plain)
+    assert without == ["A     B", "x     1", "yyy  22"]
+    assert table(columns, rows, None, coloured) != without
+
+
+def test_a_narrow_table_cuts_names_first_then_leaves_columns_out() -> None:
+    columns = (Column("NAME", least=4), Column("SIZE"), Column("EXTRA", rank=1))
+    rows = [[Cell("a-very-long-name"), Cell("10GiB"), Cell("more")]]
+    assert table(columns, rows, None, plain)[1] == "a-very-long-name  10GiB  more"
+    assert table(columns, rows, 22, plain)[1] == "a-very-…  10GiB  more"
+    assert table(columns, rows, 15, plain)[1] == "a-very-…  10GiB"
+
+
+@given(st.lists(st.integers(0, 100_000), max_size=6), st.integers(6, 80))
+def test_a_bar_is_as_wide_as_asked_and_hides_nothing(amounts: list[int], width: int) -> None:
+    lengths = bar_lengths(amounts, width)
+    assert sum(lengths) == (width if any(amounts) else 0)
+    assert all((n > 0) == (amount > 0) for n, amount in zip(lengths, amounts, strict=True))
+
+
+GPU = {
+    "index": 0,
+    "name": "card",
+    "state": "ok",
+    "memory_total_mb": 1_000,
+    "memory_leased_mb": 500,
+    "memory_draining_mb": 250,
+    "memory_unleased_mb": 0,
+    "utilization_gpu_pct": None,
+    "temperature_c": None,
+}
+
+
+def test_what_leases_could_have_is_what_nobody_is_promised() -> None:
+    assert memory_parts(GPU) == {"leased": 500, "draining": 250, "unleased": 0, "free": 250}
+    assert memory_bar(GPU, 8, plain, unicode=False).text == "####==.."
+    assert memory_bar(GPU, 8, plain, unicode=True).text == "████▓▓··"
+
+
+def test_what_could_not_be_read_is_a_question_mark_and_never_nothing() -> None:
+    unknown = {**GPU, "memory_unleased_mb": None}
+    assert memory_parts(unknown) is None
+    texts = [cell.text for cell in gpu_rows([unknown], Screen())[0]]
+    assert texts[3:8] == ["???", "?", "?", "?", "?"]
+    assert texts[-2:] == ["?", "?"]
+    assert "0%" not in texts
