@@ -52,9 +52,11 @@ AGENT_LEASED = _spec(
 QUEUE_DEPTH = _spec("queue_depth", "gauge", "Waiting requests by priority", "priority")
 
 REQUESTS = _spec(
-    "requests_total", "counter",
+    "requests_total",
+    "counter",
     "Requests answered, by op and outcome: ok, granted, a denial's note, or the error's code",
-    "op", "outcome",
+    "op",
+    "outcome",
 )
 LEASE_REQUESTS = _spec(
     "lease_requests_total",

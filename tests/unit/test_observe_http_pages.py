@@ -100,9 +100,7 @@ def test_the_name_in_a_host_header_is_read_strictly(header: str, name: str) -> N
         ("localhost:80@evil.example",),
     ],
 )
-async def test_a_foreign_host_reads_nothing(
-    engine: ObservedEngine, hosts: tuple[str, ...]
-) -> None:
+async def test_a_foreign_host_reads_nothing(engine: ObservedEngine, hosts: tuple[str, ...]) -> None:
     page = await Port(pages_of(engine)).get("/gpu/info", hosts=hosts)
     assert page.status == 403
     assert b"available" not in page.body

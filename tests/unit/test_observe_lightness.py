@@ -24,10 +24,7 @@ SLOW = ("structlog", "prometheus_client", "aiohttp")
     ],
 )
 def test_what_the_daemon_imports_at_start_loads_no_slow_library(module: str) -> None:
-    code = (
-        f"import sys, {module}\n"
-        f"print(*[name for name in {SLOW!r} if name in sys.modules])\n"
-    )
+    code = f"import sys, {module}\nprint(*[name for name in {SLOW!r} if name in sys.modules])\n"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gpuorchd.core.events import ReadingsTaken
+from gpuorchd.core.events import ReadingsTaken, StopAsked
 from gpuorchd.core.model import DeviceUuid, Reading
 from gpuorchd.observe.metric_table import TABLE
 from gpuorchd.observe.metrics import Metrics
 from gpuorchd.observe.sources import Sources
+from gpuorchd.observe.survey import take_survey
 from libclient.wire.vocabulary import ADMIN_OPS, OPEN_OPS
 from tests.support.metric_page import PAGE, page_with_table
 from tests.support.observed import SECRET, ObservedEngine
@@ -285,6 +286,32 @@ async def test_no_slice_of_a_large_page_keeps_the_loop_for_itself(
     assert len(rendered) >= 2_000 / 200
     assert turns > len(rendered), "leases were looked at in slices too"
     assert len(list(text_string_to_metric_families(text))) == text.count("# TYPE")
+
+
+async def test_leases_are_looked_at_in_slices_and_one_that_ends_meanwhile_is_left_out() -> None:
+    engine = ObservedEngine()
+    conns = [engine.ask(f"agent{number}", 1) for number in range(1_000)]
+    surveying = asyncio.create_task(take_survey(engine.state, engine.now_ns()))
+    turns = 0
+    while not surveying.done():
+        await asyncio.sleep(0)
+        turns += 1
+        if turns == 2:
+            engine.release(conns[-1])
+            engine.pass_s(1)
+    assert turns > 1_000 / 250
+    survey = surveying.result()
+    assert survey.by_state == {"active": 999, "revoking": 0, "draining": 0}
+
+
+async def test_what_is_told_to_owners_alone_is_not_counted_again() -> None:
+    engine = ObservedEngine()
+    metrics = Metrics(engine, Sources())
+    for _ in range(3):
+        engine.ask()
+    engine.submit(StopAsked())
+    found = await samples(metrics)
+    assert found["events_total"][of(event="daemon.stopping")] == 1
 
 
 async def test_scrapes_at_the_same_time_share_one_rendering() -> None:
