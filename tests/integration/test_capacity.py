@@ -29,23 +29,26 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
         yield daemon
 
 
-def test_a_crowd_never_holds_more_than_the_card_and_all_are_answered(daemon: DaemonProcess) -> None:
+def test_a_crowd_never_holds_more_than_the_card_and_all_are_answered(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
     arguments = (str(daemon.socket), str(CLIENTS), str(SHARE_MB))
-    crowd = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.crowd", *arguments],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-    )
+    told = tmp_path / "told"
+    with told.open("ab") as file:
+        crowd = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.crowd", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+        )
     try:
         with daemon.client() as observer:
             listed_mb = _watch(observer, crowd)
-        assert crowd.stdout is not None
-        lines = [json.loads(line) for line in crowd.stdout]
         assert crowd.wait(DEADLINE_S) == 0
     finally:
         crowd.kill()
-        crowd.communicate()
+        crowd.wait()
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
     assert len(lines) == CLIENTS
     assert all(line["reply"]["granted"] for line in lines)
     # What a client sees lies within what the daemon gave: a grant is seen after it was made, and a

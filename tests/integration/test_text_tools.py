@@ -18,7 +18,10 @@ DEADLINE_S = 20.0
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with running_daemon(tmp_path_factory.mktemp("d"), "--simulate", "1x24576") as daemon:
+    # What one test leased must not be missing in the next.
+    environ = {"GPUORCH_SIMULATE_DRAIN_S": "0"}
+    folder = tmp_path_factory.mktemp("d")
+    with running_daemon(folder, "--simulate", "1x24576", environ=environ) as daemon:
         yield daemon
 
 

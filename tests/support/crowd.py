@@ -60,7 +60,7 @@ def _live(path: Path, number: int, memory_mb: int, start_fd: int, ready_fd: int)
         granted_s = time.monotonic()
         time.sleep(HOLD_S[number % len(HOLD_S)])
         line = {"reply": reply, "granted_s": granted_s, "let_go_s": time.monotonic()}
-        # One write: lines of many processes do not mix in a pipe while they are short.
+        # One write to a file that all share: lines of many processes do not mix.
         os.write(1, json.dumps(line).encode() + b"\n")
         if number % KILLED_EVERY == 0:
             os.kill(os.getpid(), signal.SIGKILL)
