@@ -1,0 +1,140 @@
+"""`gpuorch top`: live on a terminal, and honest where there is none."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli_process import COMMAND, cli_environ, gpuorch, start_gpuorch
+from tests.support.daemon_process import ANSWER_DEADLINE_S, DaemonProcess, running_daemon
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    with running_daemon(tmp_path, "--simulate", "1x24576") as daemon:
+        yield daemon
+
+
+class Terminal:
+    """A terminal of 100 by 30 with `top` on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd, self.theirs = pty.openpty()
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        self.before = termios.tcgetattr(self.theirs)
+        self.seen = b""
+        self.process = subprocess.Popen(
+            [*COMMAND, "top", "--interval", "200ms"],
+            env=cli_environ(path, TERM="xterm-256color"),
+            stdin=self.theirs,
+            stdout=self.theirs,
+            stderr=self.theirs,
+        )
+
+    def wait_for(self, text: bytes) -> None:
+        """Read until a text is shown after what was waited for last."""
+        deadline = time.monotonic() + ANSWER_DEADLINE_S
+        while text not in self.seen:
+            left = deadline - time.monotonic()
+            assert left > 0, f"{text!r} not in {self.seen[-3_000:]!r}"
+            if select.select([self.fd], [], [], left)[0]:
+                self.seen += os.read(self.fd, 65_536)
+        self.seen = self.seen.partition(text)[2]
+
+    def press(self, key: bytes) -> None:
+        os.write(self.fd, key)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.theirs)
+        os.close(self.fd)
+
+
+def test_top_follows_what_happens_and_quits_on_q(daemon: DaemonProcess) -> None:
+    terminal = Terminal(daemon.socket)
+    try:
+        terminal.wait_for(b"nobody holds a lease")
+        with daemon.client() as client:
+            assert client.ask("lease", agent="analyst", min_memory_mb=4_096)["granted"]
+            terminal.wait_for(b"analyst")
+            terminal.press(b"s")
+        terminal.wait_for(b"nobody holds a lease")
+        terminal.press(b"q")
+        # The screen that was there before comes back.
+        terminal.wait_for(b"\x1b[?1049l")
+        assert terminal.process.wait(ANSWER_DEADLINE_S) == 0
+        assert termios.tcgetattr(terminal.theirs) == terminal.before
+    finally:
+        terminal.close()
+
+
+def test_top_outlives_the_daemon(tmp_path: Path) -> None:
+    terminal = None
+    daemon = DaemonProcess(tmp_path, "--simulate", "1x24576")
+    try:
+        daemon.wait_until_it_answers()
+        terminal = Terminal(daemon.socket)
+        terminal.wait_for(b"nobody waits")
+        daemon.stop()
+        terminal.wait_for(b"no daemon")
+        daemon = DaemonProcess(tmp_path, "--simulate", "1x24576")
+        daemon.wait_until_it_answers()
+        terminal.wait_for(b"ready")
+        terminal.press(b"\x03")
+        assert terminal.process.wait(ANSWER_DEADLINE_S) == 0
+    finally:
+        if terminal is not None:
+            terminal.close()
+        daemon.end()
+
+
+def test_top_without_a_terminal_says_what_to_use(daemon: DaemonProcess) -> None:
+    done = gpuorch(daemon.socket, "top")
+    assert done.returncode == 2
+    assert "gpuorch status" in done.stderr
+
+
+def test_top_in_json_is_a_stream_of_documents(daemon: DaemonProcess) -> None:
+    process = start_gpuorch(daemon.socket, "top", "--json", "--interval", "50ms")
+    try:
+        assert process.stdout is not None
+        documents = [json.loads(process.stdout.readline()) for _ in range(3)]
+        assert all("gpu_info" in document for document in documents)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_without_rich_top_says_what_to_install(daemon: DaemonProcess, tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module named rich')\n")
+    ours, theirs = pty.openpty()
+    environ = cli_environ(daemon.socket, TERM="xterm")
+    environ["PYTHONPATH"] = f"{tmp_path}:{environ['PYTHONPATH']}"
+    try:
+        done = subprocess.run(
+            [*COMMAND, "top"],
+            env=environ,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            timeout=ANSWER_DEADLINE_S,
+            check=False,
+        )
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert done.returncode == 3
+    assert b"pip install 'gpuorchd[cli]'" in done.stderr
