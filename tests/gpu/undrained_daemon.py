@@ -24,7 +24,7 @@ def _free_at_once(state: State, lease: Lease, now_ns: int, out: list[Effect]) ->
 
 def _ledger_room(state: State, device: Device, process: ProcessKey) -> ledger.Room:
     free_mb = device.capacity_mb - device.claim_mb - device.draining_mb
-    return ledger.Room(free_mb, free_mb)
+    return ledger.Room(free_mb, free_mb, free_mb)
 
 
 if __name__ == "__main__":
