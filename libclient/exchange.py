@@ -110,6 +110,10 @@ class Exchange:
         session.feed(data, monotonic())
         if session.outgoing:
             self._flush()
+        if session.renew_at is not None:
+            # Here, and not only when all have left: a thread may stay for as long as it waits.
+            self._adopted()
+            KEEPER.expect(session.renew_at)
         if session.notices or session.ended is not None:
             self._follow_up()
 
@@ -141,12 +145,14 @@ class Exchange:
         session = self.session
         if not (session.leases or session.expects_input) or self.closed:
             return
+        self._watched = True
+        self._adopted()()
+
+    def _adopted(self) -> Callable[[], None]:
+        """Have the keeper know this connection; return how to arm it. Called with the lock."""
         if self._watch is None:
             self._watch, self._unwatch = KEEPER.adopt(self, self.fileno())
-        self._watched = True
-        self._watch()
-        if session.renew_at is not None:
-            KEEPER.expect(session.renew_at)
+        return self._watch
 
     def _follow(self, ticket: Ticket, deadline_s: float) -> None:
         """Wait until the answer is here, or the lead."""

@@ -173,10 +173,10 @@ class FakeDaemon:
         """Wait until an op was asked for that often."""
         wait_for(lambda: self.ops().count(op) >= count, f"{count} {op}, of {self.ops()}")
 
-    def wait_for_hangup(self) -> None:
+    def wait_for_hangup(self, deadline_s: float = DEADLINE_S) -> None:
         """Wait until every connection so far has ended."""
         for thread in list(self._threads):
-            thread.join(DEADLINE_S)
+            thread.join(deadline_s)
             assert not thread.is_alive(), "the client did not close its connection"
 
     def close(self) -> None:
