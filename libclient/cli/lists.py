@@ -40,7 +40,7 @@ PRIORITY_STYLES = {"critical": "bold", "background": "dim"}
 
 GPU_COLUMNS = (
     Column("GPU", right=True),
-    Column("NAME", least=8, rank=1),
+    Column("NAME", least=16, rank=1),
     Column("STATE"),
     Column("MEMORY"),
     Column("LEASED", right=True),
@@ -114,7 +114,8 @@ def gpu_rows(gpus: Sequence[Entry], screen: Screen) -> list[Row]:
     return [
         [
             Cell(safe(gpu.get("index"))),
-            Cell(safe(gpu.get("name"))),
+            # Every card here is theirs; what tells them apart comes after it.
+            Cell(safe(gpu.get("name")).removeprefix("NVIDIA ")),
             state_cell(gpu.get("state")),
             memory_bar(gpu, width, screen.paint, screen.unicode),
             *(Cell(format_memory((memory_parts(gpu) or {}).get(name))) for name in MARKS),
@@ -137,7 +138,7 @@ def lease_rows(allocations: Sequence[Entry]) -> list[Row]:
             Cell(format_memory(lease.get("used_mb"))),
             state_cell(lease.get("state")),
             Cell(safe(lease.get("priority")), PRIORITY_STYLES.get(lease.get("priority") or "", "")),
-            Cell(format_duration(held_s(lease, now))),
+            Cell(age(held_s(lease, now))),
             Cell(safe(lease.get("pid"))),
             Cell(safe(user_name(lease.get("uid")))),
             Cell(safe(lease.get("lease_id")), "dim"),
@@ -159,8 +160,8 @@ def queue_rows(waiting: Sequence[Entry]) -> list[Row]:
                 safe(request.get("priority")),
                 PRIORITY_STYLES.get(request.get("priority") or "", ""),
             ),
-            Cell(format_duration(request.get("waited_s"))),
-            Cell(format_duration(request.get("eta_s"))),
+            Cell(age(request.get("waited_s"))),
+            Cell(age(request.get("eta_s"))),
             Cell(safe(request.get("queue_id")), "dim"),
         ]
         for request in waiting
@@ -188,6 +189,11 @@ def held_s(lease: Entry, now: float) -> float | None:
     """Return for how long a lease has been held."""
     since = lease.get("timestamp")
     return max(0.0, now - since) if isinstance(since, int | float) else None
+
+
+def age(seconds: float | None) -> str:
+    """Return a time in whole seconds: what changes faster cannot be read in a table."""
+    return format_duration(None if seconds is None else float(int(seconds)))
 
 
 @cache

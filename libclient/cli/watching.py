@@ -89,7 +89,9 @@ def event_line(event: Mapping[str, Any], paint: Paint) -> str:
 
 def show_field(field: str, value: object) -> str:
     """Return a field's value by its unit: sizes and times as people write them."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
         if field.endswith("_mb"):
             return format_memory(round(value)).replace(" ", "")
         if field.endswith("_s"):
