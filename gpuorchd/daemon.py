@@ -25,7 +25,7 @@ from gpuorchd.config import Config, ReadConfig
 from gpuorchd.core.effects import PersistSettings
 from gpuorchd.core.events import StopAsked
 from gpuorchd.core.machine import Machine
-from gpuorchd.core.model import ProcessKey, RequestId
+from gpuorchd.core.model import Peer, ProcessKey, RequestId
 from gpuorchd.core.state import Settings
 from gpuorchd.devices.mps import MpsWatch
 from gpuorchd.devices.nvml import NvmlDevices, ProbeOptions
@@ -42,8 +42,9 @@ from gpuorchd.host.start import EXIT_BUG
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
 from gpuorchd.server.listener import Server
-from gpuorchd.server.services import Options, Services
+from gpuorchd.server.services import Options, PeerNotTaken, Services
 from libclient.version import VERSION
+from libclient.wire.vocabulary import FORBIDDEN, LIMIT
 
 # Names the lease table: 64 bits are not guessed and not met twice.
 EPOCH_BYTES = 8
@@ -183,7 +184,7 @@ class Daemon:
 
     def _services(self, observers: Observers) -> Services:
         return Services(
-            identify=self._processes.identify,
+            identify=self._identify,
             ready=observers.ready,
             device_status=self._source.status,
             telemetry=self._source.telemetry,
@@ -192,6 +193,28 @@ class Daemon:
             signal_peer=self._signal_peer,
             on_bug=self._on_bug,
         )
+
+    def _identify(self, fd: int) -> Peer:
+        """Find out who a peer is and watch its process, within the bound on processes."""
+        processes, state = self._processes, self._engine.state
+        try:
+            peer = processes.identify(fd)
+        except OSError as error:
+            # Most likely no descriptor is left; or /proc hides the processes of others.
+            code = FORBIDDEN if isinstance(error, PermissionError) else LIMIT
+            reason = f"the peer's process cannot be watched: {error.strerror}"
+            raise PeerNotTaken(code, reason) from None
+        process = peer.process
+        if processes.count > self._config.max_processes and not (
+            process in state.holders or process in state.watched
+        ):
+            processes.release_unused(process)
+            raise PeerNotTaken(
+                LIMIT,
+                f"at most {self._config.max_processes} processes are watched for their end "
+                "(GPUORCH_MAX_PROCESSES); this bound is reached",
+            )
+        return peer
 
     def _signal_peer(self, process: ProcessKey, uid: int, name: str) -> None:
         self._processes.signal(process, uid, name)

@@ -27,6 +27,8 @@ from gpuorchd.server import replies
 from gpuorchd.server import requests as asked
 from gpuorchd.server.faults import ALLOWED, Fault, missing_id, repeated_id, show
 from gpuorchd.server.requests import ADMIN_KINDS, BY_OP, AnyRequest, ask_of
+from gpuorchd.server.services import PeerNotTaken
+from gpuorchd.server.speaker import LATE_OP
 from gpuorchd.server.subscriptions import Subscription, wanted_by
 from libclient.wire import vocabulary as words
 
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 # Looking up a name may ask a directory on the network.
 USER_NAMES_MAX: Final = 256
-LATE_OP: Final = "lease"
 
 
 def handle(board: Switchboard, conn: Connection, request: AnyRequest) -> None:
@@ -67,6 +68,8 @@ def handle(board: Switchboard, conn: Connection, request: AnyRequest) -> None:
     else:
         try:
             handler(board, conn, request)
+        except PeerNotTaken as error:
+            conn.refuse(Fault(error.code, str(error), None, request_id, conn.op))
         except Exception as error:  # a bug, wherever it is: no peer can bring one about
             board.bug(conn, request_id, error)
     if not conn.is_deferred:

@@ -12,12 +12,21 @@ from gpuorchd.core.model import DeviceUuid, Peer, ProcessKey, RequestId
 from gpuorchd.views import DeviceStatus, Telemetry
 
 
+class PeerNotTaken(Exception):
+    """A peer that nothing can be promised to, for now or at all; `code` is the wire's."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What other rooms do for the server. All are called on the loop and return at once."""
 
     # The peer behind a connected descriptor; its process is watched from then on. The descriptor
-    # stays the caller's. Called once for a connection, before its first event.
+    # stays the caller's. Called once for a connection, before its first event. Raises
+    # `PeerNotTaken` where it cannot be known or watched; it may be called again then.
     identify: Callable[[int], Peer]
     # The answer to `ready`: `ready` and `checks`.
     ready: Callable[[], Mapping[str, object]]
