@@ -71,10 +71,17 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
     state.leases_by_uid[uid] = state.leases_by_uid.get(uid, 0) + 1
     if ttl_ns:
         state.deadlines.set((TTL, lease.lease_id), now_ns + ttl_ns)
+    if state.waiters and is_capped(state, asked.ask.agent):
+        state.unsettled = True
     out.append(AnswerGrant(lease))
     out.append(Announce("lease.granted", granted_fields(lease)))
     for old in gave:
         drain.finish_if_empty(state, old, now_ns, out)
+
+
+def is_capped(state: State, agent: str) -> bool:
+    """Whether the agent's leases on one GPU are bounded together."""
+    return state.policy.cap_mb(state.policy.rule(agent)) > 0
 
 
 def granted_fields(lease: Lease) -> Mapping[str, object]:

@@ -105,7 +105,7 @@ class Machine:
         out: list[Effect] = []
         self._handlers[type(event)](event, now_ns, out)
         state = self.state
-        if state.unsettled:
+        while state.unsettled:
             if state.waiters:
                 serving.serve(state, now_ns, out)
             else:

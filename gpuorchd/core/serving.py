@@ -26,6 +26,8 @@ from gpuorchd.core.state import State
 POSITIONS = ("positions", None)
 # A waiting request hears of its place at most four times a second.
 POSITION_EVERY_NS = NS_PER_S // 4
+# Telling goes through the whole queue: no more often than this, however fast it moves.
+TELLING_EVERY_NS = NS_PER_S // 20
 
 UNWANTED = (placement.NOBODY,) * len(Priority)
 
@@ -94,7 +96,11 @@ def nobody_waits(state: State) -> None:
 
 
 def serve(state: State, now_ns: int, out: list[Effect]) -> None:
-    """Serve whoever can be served, in order, and note which GPUs are waited for."""
+    """Serve whoever can be served, in order, and note which GPUs are waited for.
+
+    Leaves `unsettled` set where another pass may serve more: a grant that takes its agent to its
+    cap frees what another request of that agent kept from those behind it.
+    """
     thorough = state.upheaval
     state.unsettled = state.upheaval = False
     everything = frozenset(device.facts.uuid for device in state.order)
@@ -126,17 +132,18 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
         dequeue(state, waiter)
     for waiter, denial in hopeless:
         answer(state, waiter, denial, now_ns, out)
-    state.unsettled = False
+    state.unsettled = any(leases.is_capped(state, waiter.ask.agent) for waiter in served)
     _plan_positions(state, now_ns)
 
 
 def _plan_positions(state: State, now_ns: int) -> None:
     if len(state.queue) and state.deadlines.due_ns(POSITIONS) is None:
-        state.deadlines.set(POSITIONS, now_ns)
+        state.deadlines.set(POSITIONS, max(now_ns, state.told_ns + TELLING_EVERY_NS))
 
 
 def tell_positions(state: State, now_ns: int, out: list[Effect]) -> None:
     """Tell every waiting request whose position has changed, each at most four times a second."""
+    state.told_ns = now_ns
     soonest_ns: int | None = None
     for position, waiter in enumerate(state.queue, start=1):
         if waiter.told_position == position:

@@ -79,6 +79,8 @@ class State:
     watched: dict[ProcessKey, dict[LeaseId, Lease]] = field(default_factory=dict)
     queue: WaitingQueue = field(default_factory=WaitingQueue)
     waiters: dict[int, Waiter] = field(default_factory=dict)
+    # When the queue was last gone through to tell positions.
+    told_ns: int = 0
     # By priority: the GPUs that those waiting at it or above it have first claim to.
     wanted: tuple[frozenset[DeviceUuid], ...] = (frozenset(), frozenset(), frozenset())
     # Something changed by which a waiting request may be served, or its place may differ.
