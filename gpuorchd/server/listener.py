@@ -38,6 +38,7 @@ class Server:
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._loop = loop or asyncio.get_running_loop()
+        self._services = services
         self._options = options
         self._board = Switchboard(engine, services, options, self._loop)
         self._listening: socket.socket | None = None
@@ -141,10 +142,14 @@ class Server:
 
     def _opened(self, task: asyncio.Task[object], connection: Connection) -> None:
         self._opening.discard(task)
-        if task.cancelled() or task.exception() is not None:
-            # It never came to life: nobody will report its end.
-            connection.sock.close()
-            self._count(connection, -1)
+        error = None if task.cancelled() else task.exception()
+        if not task.cancelled() and error is None:
+            return
+        # It never came to life: nobody will report its end.
+        connection.sock.close()
+        self._count(connection, -1)
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            self._services.on_bug(error, "accept", None)
 
     def _lost(self, connection: Connection) -> None:
         self._count(connection, -1)

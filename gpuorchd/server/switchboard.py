@@ -33,9 +33,9 @@ from gpuorchd.server import replies
 from gpuorchd.server.faults import Fault
 from gpuorchd.server.outbox import Unsent
 from gpuorchd.server.services import Options, Services
+from gpuorchd.server.speaker import Speaker
 from gpuorchd.server.subscriptions import Subscriptions
 from gpuorchd.server.tokens import TokenPool
-from gpuorchd.server.unasked import Unasked
 from gpuorchd.server.watch import Watch
 from gpuorchd.views import Moment, policy_get
 from libclient.wire import vocabulary as words
@@ -71,7 +71,7 @@ class Switchboard:
         # Requests by op and outcome: `ok`, `granted`, the note of a denial, or the error's code.
         self.request_counts: dict[tuple[str, str], int] = {}
         # Connections with something to send at the end of this turn.
-        self.dirty: list[Connection] = []
+        self.dirty: list[Speaker] = []
         # The connection whose requests are being taken right now.
         self.busy: Connection | None = None
         self._lingering: deque[tuple[float, Connection]] = deque()
@@ -231,9 +231,7 @@ class Switchboard:
                 fields = effect.fields
                 if effect.owner_fields is not None:
                     fields = {**fields, **effect.owner_fields}
-                if connection.unasked is None:
-                    connection.unasked = Unasked(self, connection)
-                connection.unasked.tell(effect.name, fields)
+                connection.tell(effect.name, fields)
         if not effect.private:
             self.subscriptions.publish(effect.name, effect.fields)
 

@@ -15,8 +15,7 @@ from gpuorchd.server.replies import EventBody
 from libclient.wire.vocabulary import EVENTS_LOST
 
 if TYPE_CHECKING:
-    from gpuorchd.server.connection import Connection
-    from gpuorchd.server.switchboard import Switchboard
+    from gpuorchd.server.speaker import Speaker
 
 QUEUED: Final = "lease.queued"
 # Unsent bytes at which even what must not be missed is only counted: twice the bound at which a
@@ -27,11 +26,10 @@ CROWDED_TIMES: Final = 2
 class Unasked:
     """The unasked events of one connection."""
 
-    __slots__ = ("_board", "_connection", "_lost", "_places", "_seq")
+    __slots__ = ("_lost", "_places", "_seq", "_speaker")
 
-    def __init__(self, board: Switchboard, connection: Connection) -> None:
-        self._board = board
-        self._connection = connection
+    def __init__(self, speaker: Speaker) -> None:
+        self._speaker = speaker
         self._seq = 0
         self._lost = 0
         # The latest place of each waiting request, while there is no telling it.
@@ -39,15 +37,15 @@ class Unasked:
 
     def tell(self, name: str, fields: Mapping[str, object]) -> None:
         """Tell the owner, now or in short when it reads again."""
-        connection = self._connection
-        if connection.is_crowded:
+        speaker = self._speaker
+        if speaker.unsent_bytes and speaker.unsent_bytes > speaker.bound_bytes:
             if name == QUEUED:
                 request_id = fields.get("request_id")
                 assert request_id is None or isinstance(request_id, int | str)
                 self._places[request_id] = fields
                 return
-            bound = self._board.options.unsent_bytes_per_connection
-            if connection.unsent_bytes > CROWDED_TIMES * bound:
+            bound = speaker.board.options.unsent_bytes_per_connection
+            if speaker.unsent_bytes > CROWDED_TIMES * bound:
                 self._lost += 1
                 return
         self._put(name, fields)
@@ -59,12 +57,12 @@ class Unasked:
             self._put(EVENTS_LOST, {"count": lost})
         if self._places:
             places, self._places = self._places, {}
-            client = self._board.engine.state.clients.get(self._connection.number)
+            client = self._speaker.board.engine.state.clients.get(self._speaker.number)
             for request_id, fields in places.items():
                 if client is not None and isinstance(client.requests.get(request_id), Waiter):
                     self._put(QUEUED, fields)
 
     def _put(self, name: str, fields: Mapping[str, object]) -> None:
         self._seq += 1
-        body = EventBody(name, fields, self._board.unix_s())
-        self._connection.put_event(body, None, self._seq)
+        body = EventBody(name, fields, self._speaker.board.unix_s())
+        self._speaker.put_event(body, None, self._seq)
