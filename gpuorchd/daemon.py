@@ -38,7 +38,7 @@ from gpuorchd.host.limits import fit_open_files
 from gpuorchd.host.settings_file import KeptSettings
 from gpuorchd.host.settings_store import SettingsStore
 from gpuorchd.host.socket_file import claim_socket
-from gpuorchd.host.start import EXIT_BUG
+from gpuorchd.host.start import EXIT_BUG, StartError
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
 from gpuorchd.server.listener import Server
@@ -80,11 +80,17 @@ async def _live(config: Config, log: Log, began_ns: int) -> int:
             lifecycle.set_deadline(daemon.release_socket)
             if code != EXIT_BUG:
                 daemon.ask_to_stop()
-        if code != EXIT_BUG:
-            log.event("daemon.stopped")
-        return code
+    except StartError:
+        raise
+    except Exception as error:
+        # A bug on the way in or out ends it as any other: in the log, with the code for it.
+        lifecycle.fail("start or stop", error)
+        code = EXIT_BUG
     finally:
         lifecycle.uninstall()
+    if code != EXIT_BUG:
+        log.event("daemon.stopped")
+    return code
 
 
 def _fit(config: Config, log: Log) -> Config:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -109,16 +109,23 @@ class LineClient:
 
 
 class DaemonProcess:
-    """A daemon that was started and is to be ended with `end`."""
+    """A daemon that was started and is to be ended with `end`.
+
+    `program` is what Python is given to run: the module, or a script that breaks something first.
+    """
 
     def __init__(
-        self, folder: Path, *flags: str, environ: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *flags: str,
+        environ: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "gpuorchd"),
     ) -> None:
         self.folder = folder
         self.socket = folder / "s"
         self.state = folder / "state"
         self.log = folder / "daemon.log"
-        command = [sys.executable, "-m", "gpuorchd", "--socket", str(self.socket)]
+        command = [sys.executable, *program, "--socket", str(self.socket)]
         command += ["--state-dir", str(self.state), *flags]
         # Nothing of the environment of the test run may configure the daemon.
         own = {
