@@ -1,0 +1,1 @@
+"""The daemon: GPU memory, leased to local processes over a Unix socket."""
