@@ -318,6 +318,9 @@ class Machine:
             if kind == leases.WAIT:
                 serving.end_wait(state, state.waiters[name], Note.TIMEOUT, now_ns, out)
                 continue
+            if kind == drain.STALE:
+                state.unsettled = True
+                continue
             lease = state.leases[name]
             if kind == leases.TTL:
                 leases.expire(state, lease, now_ns, out)
