@@ -38,8 +38,6 @@ from gpuorchd.core.state import State
 # Kinds of deadline: a simulated card's bytes are back; a drain takes too long.
 DRAINED = "drained"
 OVERDUE = "overdue"
-# A GPU's newest reading becomes too old: who waits for that GPU now waits for nothing.
-STALE = "stale"
 
 
 def gpus(lease: Lease) -> list[dict[str, object]]:
@@ -186,8 +184,6 @@ def take_readings(state: State, event: ReadingsTaken, now_ns: int, out: list[Eff
         device.reading = reading
         device.reading_ns = event.started_ns
         device.failure = None
-        too_old_ns = event.started_ns + state.settings.reading_max_age_ns + 1
-        state.deadlines.set((STALE, device.uuid), too_old_ns)
         _note_processes(state, device, reading, out)
         _attribute(state, device, reading)
         _free_drained(state, device, event.started_ns, touched)

@@ -314,12 +314,12 @@ class Machine:
             if key == serving.POSITIONS:
                 serving.tell_positions(state, now_ns, out)
                 continue
+            if key == serving.STALE:
+                state.unsettled = True
+                continue
             kind, name = key
             if kind == leases.WAIT:
                 serving.end_wait(state, state.waiters[name], Note.TIMEOUT, now_ns, out)
-                continue
-            if kind == drain.STALE:
-                state.unsettled = True
                 continue
             lease = state.leases[name]
             if kind == leases.TTL:

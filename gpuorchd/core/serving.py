@@ -24,6 +24,9 @@ from gpuorchd.core.state import State
 
 # Key of the deadline at which changed positions are told.
 POSITIONS = ("positions", None)
+# Key of the deadline at which a reading grows too old: who waited for that GPU then waits for
+# nothing, and keeps it from nobody.
+STALE = ("stale", None)
 # A waiting request hears of its place at most four times a second.
 POSITION_EVERY_NS = NS_PER_S // 4
 # Telling goes through the whole queue: no more often than this, however fast it moves.
@@ -92,7 +95,9 @@ def end_wait(state: State, waiter: Waiter, note: Note, now_ns: int, out: list[Ef
 def nobody_waits(state: State) -> None:
     """Settle a change where the queue is empty: no GPU is waited for."""
     state.unsettled = state.upheaval = False
-    state.wanted = UNWANTED
+    if state.wanted is not UNWANTED:
+        state.wanted = UNWANTED
+        state.deadlines.drop(STALE)
 
 
 def serve(state: State, now_ns: int, out: list[Effect]) -> None:
@@ -134,11 +139,22 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
         answer(state, waiter, denial, now_ns, out)
     state.unsettled = any(leases.is_capped(state, waiter.ask.agent) for waiter in served)
     _plan_positions(state, now_ns)
+    _plan_stale(state, now_ns)
 
 
 def _plan_positions(state: State, now_ns: int) -> None:
     if len(state.queue) and state.deadlines.due_ns(POSITIONS) is None:
         state.deadlines.set(POSITIONS, max(now_ns, state.told_ns + TELLING_EVERY_NS))
+
+
+def _plan_stale(state: State, now_ns: int) -> None:
+    age_ns = state.settings.reading_max_age_ns + 1
+    dues = [device.reading_ns + age_ns for device in state.order if device.reading is not None]
+    coming = [due_ns for due_ns in dues if due_ns > now_ns]
+    if coming and len(state.queue):
+        state.deadlines.set(STALE, min(coming))
+    else:
+        state.deadlines.drop(STALE)
 
 
 def tell_positions(state: State, now_ns: int, out: list[Effect]) -> None:
