@@ -7,6 +7,7 @@ cannot be had costs no lease: it is tried again every `HTTP_RETRY_S`, and readin
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Mapping
 
@@ -122,6 +123,8 @@ class Observers:
             self._http = HttpSide(self._pages(), self._report_http, port=self._config.http_port)
             await self._http.start()
             if self._http.failure is None:
+                # The HTTP library is here to stay: the collector need not look at it either.
+                gc.freeze()
                 return
             self._http_failed = True
             await asyncio.sleep(HTTP_RETRY_S)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import socket
 import stat
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -167,25 +167,37 @@ def test_a_misspelt_variable_is_warned_of_in_the_log(tmp_path: Path) -> None:
         assert "did you mean GPUORCH_SOCKET?" in warned["warning"]
 
 
+# Lowers the limit of open files for good (root would raise it again with CAP_SYS_RESOURCE).
+FEW_FILES = """\
+import ctypes, os, resource, sys
+PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 24, 24
+ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_RESOURCE, 0, 0, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000))
+os.execv(sys.executable, [sys.executable, "-m", "gpuorchd", *sys.argv[1:]])
+"""
+
+
 def test_too_few_open_files_lower_the_bounds_loudly(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with running_daemon(
-        tmp_path,
-        *SIMULATED,
-        environ={
-            "GPUORCH_MAX_CONNECTIONS": str(10**6),
-            "GPUORCH_MAX_CONNECTIONS_PER_UID": str(10**6),
-            "GPUORCH_MAX_PROCESSES": str(10**6),
-        },
-    ) as daemon:
+    daemon = DaemonProcess(tmp_path, *SIMULATED, program=("-c", FEW_FILES))
+    try:
+        daemon.wait_until_it_answers()
         lowered = daemon.wait_for_log("host.bounds_lowered")
-        assert lowered["level"] in ("warning", "error")
-        assert lowered["needed_files"] > 2 * 10**6
-        assert lowered["open_files"] < 2 * 10**6
-        assert lowered["max_connections"] < 10**6
-        limits = Path(f"/proc/{daemon.pid}/limits").read_text()
-        assert f"{lowered['open_files']}" in limits
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+        assert lowered["level"] == "error"
+        assert lowered["open_files"] == 1_000
+        assert lowered["needed_files"] > 4_096 + 1_024
+        assert lowered["wanted_connections"] == 4_096
+        assert lowered["max_connections"] + lowered["max_processes"] < 1_000
+        # The lowered bound is the one that is kept.
+        with ExitStack() as clients:
+            for _ in range(lowered["max_connections"]):
+                clients.enter_context(daemon.client())
+            with daemon.client() as one_too_many:
+                error = one_too_many.ask("health")["error"]
+            assert error["code"] == "limit"
+            assert str(lowered["max_connections"]) in error["message"]
+        assert daemon.stop() == 0
+    finally:
+        daemon.end()
 
 
 def test_the_state_folder_of_the_service_manager_is_used(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 from gpuorchd.command_line import read_command_line
 from gpuorchd.config import TABLE, Config, ConfigError, Setting, effective, read_config
 from gpuorchd.host.kinds import FLAG, LogFormat, LogLevel, SimulatedCards
+from gpuorchd.server.services import Options
+from libclient.version import VERSION
 
 # One good text of each kind's metavar, and what it becomes where that is not the text itself.
 GOOD = {
@@ -233,6 +235,15 @@ def test_the_effective_configuration_is_json_with_every_setting() -> None:
     assert shown["http_port"] == 8014
 
 
+def test_bounds_of_the_server_are_the_same_by_default_wherever_they_are_read() -> None:
+    config, options = Config(), Options(version="")
+    assert config.max_connections == options.connections
+    assert config.max_connections_per_uid == options.connections_per_uid
+    assert config.max_subscriptions_per_connection == options.subscriptions_per_connection
+    assert config.max_unsent_bytes_per_connection == options.unsent_bytes_per_connection
+    assert config.max_unsent_bytes == options.unsent_bytes
+
+
 def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "gpuorchd", *argv],
@@ -249,6 +260,10 @@ def test_check_config_prints_what_is_in_force_and_starts_nothing() -> None:
     assert done.returncode == 0
     assert json.loads(done.stdout)["http_port"] == 0
     assert "GPUORCH_SOKET" in done.stderr
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert run("--version").stdout == f"gpuorchd {VERSION}\n"
 
 
 def test_a_bad_value_ends_the_command_with_one_line_and_code_2() -> None:
