@@ -29,11 +29,14 @@ def library(tmp_path: Path) -> Iterator[tuple[OpenWatch, dict[str, str]]]:
 
 
 def children_of(pid: int) -> list[int]:
-    return [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    """The children of all of its threads, which come and go."""
+    children: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            children += map(int, (task / "children").read_text().split())
+        except FileNotFoundError:
+            continue
+    return children
 
 
 def assert_own_process_is_clean(daemon: DaemonProcess) -> None:
@@ -41,8 +44,18 @@ def assert_own_process_is_clean(daemon: DaemonProcess) -> None:
     maps = Path(f"/proc/{daemon.pid}/maps").read_text()
     assert "libnvidia" not in maps
     assert "libcuda" not in maps
-    opened = [os.readlink(entry) for entry in Path(f"/proc/{daemon.pid}/fd").iterdir()]
-    assert not [path for path in opened if path.startswith("/dev/nvidia")]
+    assert not [path for path in opened_by(daemon.pid) if path.startswith("/dev/nvidia")]
+
+
+def opened_by(pid: int) -> list[str]:
+    """What a process has open; it opens and closes files meanwhile."""
+    paths = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            paths.append(os.readlink(entry))
+        except FileNotFoundError:
+            continue
+    return paths
 
 
 def probed(daemon: DaemonProcess) -> bool:
