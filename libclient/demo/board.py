@@ -36,8 +36,8 @@ class Actor:
     asked_mb: int = 0
     held_mb: int = 0
     lease_id: str = ""
+    # Why it was last refused, until it is granted something.
     reason: str = ""
-    detail: str = ""
     position: int = 0
 
 
@@ -73,7 +73,9 @@ class Board:
         match report["kind"]:
             case "asking":
                 actor.asked_mb = report["memory_mb"]
-                self._move(actor, ASKS, f"for {format_memory(actor.asked_mb)}", at_s)
+                if actor.place != CPU:
+                    # From there it asks now and then, and goes on meanwhile.
+                    self._move(actor, ASKS, f"for {format_memory(actor.asked_mb)}", at_s)
             case "waiting":
                 actor.position = report["position"]
                 first = actor.place != WAITS
@@ -97,9 +99,9 @@ class Board:
                 return f"{name} has not yielded: its lease is taken ({report['reason']})"
             case "cpu":
                 reason, detail = report["reason"], report["detail"]
-                actor.reason, actor.detail = reason, detail
+                again = actor.reason == reason
+                actor.reason = reason
                 self.refusals[reason] = self.refusals.get(reason, 0) + 1
-                again = actor.story.startswith(f"{reason} ") and actor.place == CPU
                 self._move(actor, CPU, f"{reason} {detail}".strip(), at_s)
                 return None if again else f"{name} goes on with the CPU: {reason} {detail}".rstrip()
         return None
@@ -137,6 +139,7 @@ class Board:
     def _granted(self, actor: Actor, report: Report) -> str:
         name, at_s, waited_s = actor.member.agent, report["at"], report["waited_s"]
         actor.held_mb, actor.lease_id = report["memory_mb"], report["lease_id"]
+        actor.reason = ""
         self.intervals.append(Interval(name, actor.held_mb, at_s))
         self.grants.append((name, at_s, waited_s))
         amount = format_memory(actor.held_mb)
