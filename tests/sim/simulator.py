@@ -101,7 +101,7 @@ class Simulation:
             while stage.steps < steps:
                 self.rng.choices(moves, weights)[0]()
                 self._pass_time()
-                if self.strays != "wild":
+                if self._faithful:
                     assert not stage.world.ooms, f"out of memory within leases: {stage.world.ooms}"
             assert isinstance(pace, RandomPace)
             pace.faults = False
@@ -140,7 +140,11 @@ class Simulation:
                 self.cast.stray(uuid, rng.randrange(1, 3_000))
         self._units = rng.random() < 0.4
         self._troubled = rng.random() < 0.5
+        self._unit = 0
         self._nested = rng.random() < 0.2
+        # Nobody takes memory behind the core's back, and whose memory it is can be told: then no
+        # allocation within a lease may ever fail.
+        self._faithful = self.strays != "wild" and not (self._nested and self._units)
 
     def _card(self, index: int, kind: str, drain_ms: int) -> DeviceFacts:
         total_mb = self.rng.choice((8_000, 8_000, 10_000, 24_576))
@@ -193,7 +197,12 @@ class Simulation:
     def _appear(self) -> None:
         if len(self.cast.agents()) >= 9:
             return
-        unit = f"unit-{self.rng.randrange(6)}.service" if self._units else None
+        unit = None
+        if self._units:
+            # One service per agent, as it should be; where anything goes, some share one.
+            self._unit += 1
+            number = self.rng.randrange(6) if self.strays == "wild" else self._unit
+            unit = f"unit-{number}.service"
         link = self.cast.appear(1_000 + self.rng.randrange(2), unit)
         if self.rng.random() < 0.3:
             self.stage.connect(link.process)
