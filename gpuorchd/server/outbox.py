@@ -68,6 +68,8 @@ class Outbox:
         """Add one frame or line."""
         self._chunks.append(data)
         self.unsent_bytes += len(data)
+        if self.blocked:
+            self._count()
 
     def flush(self) -> None:
         """Send what the kernel takes. Never blocks and never raises for what a peer did."""

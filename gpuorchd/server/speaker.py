@@ -140,7 +140,7 @@ class Speaker:
         if self.unasked is not None:
             self.unasked.resume()
         for subscription in (self.subscriptions or {}).values():
-            self.board.subscriptions.catch_up(subscription)
+            self.board.subscriptions.wake(subscription)
 
     def drop_subscriptions(self) -> None:
         """End every subscription of this connection."""

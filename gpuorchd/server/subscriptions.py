@@ -85,6 +85,8 @@ class Subscriptions:
         self._totals = (0,) * len(EVENTS)
         # How many subscriptions want each event.
         self._interest = [0] * len(EVENTS)
+        # Those that read and had more for them than one visit gives: they need no round.
+        self._behind: OrderedDict[Subscription, None] = OrderedDict()
         self._round: OrderedDict[Subscription, None] = OrderedDict()
         # Visits that are left until every subscription has been visited since the last event.
         self._due = 0
@@ -105,6 +107,7 @@ class Subscriptions:
         if subscription not in self._round:
             return
         del self._round[subscription]
+        self._behind.pop(subscription, None)
         for index in subscription.wanted:
             self._interest[index] -= 1
         if not self._round:
@@ -126,10 +129,19 @@ class Subscriptions:
             self._log_bytes -= self._log.pop(self._first).body.size
             self._first += 1
         self._due = len(self._round)
+        self._pump_soon()
+
+    def wake(self, subscription: Subscription) -> None:
+        """Go on with a subscriber that did not read and now does."""
+        if subscription.seen < self._last:
+            self._behind[subscription] = None
+            self._pump_soon()
+
+    def _pump_soon(self) -> None:
         if self._pump is None:
             self._pump = self._loop.call_soon(self._visit_some)
 
-    def catch_up(self, subscription: Subscription) -> bool:
+    def _catch_up(self, subscription: Subscription) -> bool:
         """Tell a subscriber what it has not seen, as far as it reads; say if anything was put."""
         told = False
         budget = VISIT_BYTES - subscription.listener.unsent_bytes
@@ -155,6 +167,9 @@ class Subscriptions:
     def _visit_some(self) -> None:
         self._pump = None
         told = looked_at = 0
+        for _ in range(min(len(self._behind), TOLD_PER_TURN // 2)):
+            subscription, _nothing = self._behind.popitem(last=False)
+            told += self._visit(subscription)
         while self._due and told < TOLD_PER_TURN and looked_at < LOOKED_AT_PER_TURN:
             if not self._round:
                 self._due = 0
@@ -163,14 +178,19 @@ class Subscriptions:
             looked_at += 1
             subscription = next(iter(self._round))
             self._round.move_to_end(subscription)
-            if subscription.seen < self._last and self.catch_up(subscription):
-                told += 1
-                subscription.listener.send_now()
-                if subscription.seen < self._last:
-                    # It reads and there is more for it: another visit when its turn comes.
-                    self._due = max(self._due, len(self._round))
-        if self._due:
-            self._pump = self._loop.call_soon(self._visit_some)
+            if subscription.seen < self._last:
+                told += self._visit(subscription)
+        if self._due or self._behind:
+            self._pump_soon()
+
+    def _visit(self, subscription: Subscription) -> bool:
+        if not self._catch_up(subscription):
+            # It reads too slowly: it is woken when it has read.
+            return False
+        subscription.listener.send_now()
+        if subscription.seen < self._last:
+            self._behind[subscription] = None
+        return True
 
     def _tell(self, subscription: Subscription, body: EventBody) -> None:
         subscription.seq += 1
