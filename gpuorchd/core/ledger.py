@@ -125,16 +125,17 @@ def ancestor(state: State, device: Device, use: ProcessUse) -> Holder | None:
 
 
 def _sole_agent(state: State, device: Device, unit: str) -> Holder | None:
+    """The holder of a system service in which one agent alone holds leases, some of them here."""
     found: Holder | None = None
-    agent = ""
-    for lease_id in device.parts:
-        lease = state.leases[lease_id]
-        if lease.holder.unit != unit:
+    agents = set()
+    for holder in state.holders.values():
+        if holder.unit != unit:
             continue
-        if found is not None and lease.ask.agent != agent:
-            return None
-        found, agent = lease.holder, lease.ask.agent
-    return found
+        for lease_id, lease in holder.leases.items():
+            agents.add(lease.ask.agent)
+            if found is None and lease_id in device.parts:
+                found = holder
+    return found if len(agents) == 1 else None
 
 
 def use_of(state: State, device: Device, process: ProcessKey) -> int:

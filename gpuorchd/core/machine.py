@@ -180,10 +180,12 @@ class Machine:
             if state.holders_by_uid.get(uid, 0) >= limits.holders_per_uid:
                 what = "connections of one user that hold or await a lease"
                 return _limit(what, limits.holders_per_uid)
-        if state.live_leases >= limits.leases:
-            return _limit("leases", limits.leases)
-        if state.leases_by_uid.get(uid, 0) >= limits.leases_per_uid:
-            return _limit("leases of one user", limits.leases_per_uid)
+        # A request that waits will be a lease one day: it has its place among them.
+        if state.live_leases + len(state.waiters) >= limits.leases:
+            return _limit("leases and requests that wait for one", limits.leases)
+        own = state.leases_by_uid.get(uid, 0) + state.waiting_by_uid.get(uid, 0)
+        if own >= limits.leases_per_uid:
+            return _limit("leases and waits of one user", limits.leases_per_uid)
         if len(client.requests) >= limits.leases_per_connection:
             return _limit("leases and waits of one connection", limits.leases_per_connection)
         return None

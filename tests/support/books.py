@@ -118,18 +118,19 @@ class Books:
         found = [ancestor for ancestor in use.ancestors if ancestor in holders]
         if found or use.unit is None or use.process in holders:
             return found
-        served = [x for x in self.leases.values() if x.unit == use.unit and uuid in x.shares]
+        served = [lease for lease in self.leases.values() if lease.unit == use.unit]
         if len({lease.agent for lease in served}) == 1:
-            found = [lease.holder for lease in served]
+            found = [lease.holder for lease in served if uuid in lease.shares]
         return found
 
     def _doubt(self, lease: Held) -> None:
         """Put the attribution of a service's processes in doubt: who is alone in it has changed."""
-        for uuid in lease.shares:
-            reading = self.seats[uuid].reading
-            if reading is not None and lease.unit is not None:
-                served = any(use.unit == lease.unit for use in reading.processes)
-                self.seats[uuid].doubtful = self.seats[uuid].doubtful or served
+        if lease.unit is None:
+            return
+        for seat in self.seats.values():
+            if seat.reading is not None:
+                served = any(use.unit == lease.unit for use in seat.reading.processes)
+                seat.doubtful = seat.doubtful or served
 
     def unreadable(self, uuid: DeviceUuid) -> bool:
         """Whether nothing is known of a card: its newest reading failed, is old or missing."""
