@@ -101,6 +101,7 @@ class Exchange:
             value: T = end.value
             return value
         except BaseException as fault:
+            # An interrupt too: what was asked for must be given back before the caller goes on.
             return self._give_up(operation, ticket, fault)
         raise AssertionError("an operation has one step")
 

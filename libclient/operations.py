@@ -26,15 +26,20 @@ Operation = Generator[Ticket, None, T]
 ANSWER_S = 2.0
 
 
-def call(session: Session, op: str, fields: Mapping[str, object]) -> Operation[dict[str, Any]]:
-    """Ask for any op; return the fields of its reply without `id` and `ok`."""
-    ticket = session.ask(op, fields)
+def _answer(session: Session, ticket: Ticket) -> Operation[dict[str, Any]]:
+    """Wait for an answer and return it; undo the request if nobody is there to have it."""
     try:
         yield ticket
-        reply = ticket.result()
+        return ticket.result()
     except BaseException:
+        # A time limit, an interrupt, a cancelled task: all the same to the daemon.
         session.abandon(ticket)
         raise
+
+
+def call(session: Session, op: str, fields: Mapping[str, object]) -> Operation[dict[str, Any]]:
+    """Ask for any op; return the fields of its reply without `id` and `ok`."""
+    reply = yield from _answer(session, session.ask(op, fields))
     return {name: value for name, value in reply.items() if name not in ("id", "ok")}
 
 
@@ -50,13 +55,7 @@ def lease(
     daemon or the host did.
     """
     try:
-        ticket = session.ask("lease", fields, decision)
-        try:
-            yield ticket
-            ticket.result()
-        except BaseException:
-            session.abandon(ticket)
-            raise
+        yield from _answer(session, session.ask("lease", fields, decision))
     except Unavailable as fault:
         decision.refuse(fault.reason, fault.detail)
     except RequestError as fault:
@@ -78,13 +77,8 @@ def release(session: Session, decision: Decision) -> Operation[None]:
     if not session.drop(decision):
         return
     try:
-        ticket = session.ask("release", {"token": decision.token})
-        try:
-            yield ticket
-        except BaseException:
-            session.abandon(ticket)
-            raise
-    except Unavailable:
+        yield from _answer(session, session.ask("release", {"token": decision.token}))
+    except (Unavailable, RequestError):
         return
 
 
@@ -92,13 +86,7 @@ def subscribe(session: Session, topics: Sequence[str] | None) -> Operation[Subsc
     """Subscribe to events; raises Unavailable or RequestError."""
     fields = {} if topics is None else {"topics": list(topics)}
     subscription = Subscription()
-    ticket = session.ask("subscribe", fields, subscription)
-    try:
-        yield ticket
-        ticket.result()
-    except BaseException:
-        session.abandon(ticket)
-        raise
+    yield from _answer(session, session.ask("subscribe", fields, subscription))
     return subscription
 
 
@@ -133,11 +121,6 @@ def unsubscribe(session: Session, subscription: Subscription) -> Operation[None]
         subscription.waiting.failure = Unavailable("the subscription was ended", CLOSED)
         subscription.waiting.finish()
     try:
-        ticket = session.ask("unsubscribe", {"subscription": number})
-        try:
-            yield ticket
-        except BaseException:
-            session.abandon(ticket)
-            raise
-    except Unavailable:
+        yield from _answer(session, session.ask("unsubscribe", {"subscription": number}))
+    except (Unavailable, RequestError):
         return

@@ -108,12 +108,15 @@ def test_the_parents_death_ends_the_lease_though_a_child_lives(tmp_path: Path) -
         "print('forked', flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    with FakeDaemon(tmp_path) as daemon, subprocess.Popen(
-        [sys.executable, "-c", code, daemon.path],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as parent:
+    with (
+        FakeDaemon(tmp_path) as daemon,
+        subprocess.Popen(
+            [sys.executable, "-c", code, daemon.path],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as parent,
+    ):
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"forked\n"
         # The child still reads its input, which ends with this block.

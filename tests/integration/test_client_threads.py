@@ -329,14 +329,14 @@ def test_an_iterator_ends_with_its_connection(tmp_path: Path) -> None:
 def test_leases_end_with_the_last_object_that_knows_of_them(tmp_path: Path) -> None:
     with FakeDaemon(tmp_path) as daemon:
         code = (
-            "import gc, libclient, sys, warnings\n"
+            "import gc, libclient, select, sys, warnings\n"
             "warnings.simplefilter('ignore', ResourceWarning)\n"
             "lease = libclient.lease('analyst', socket=sys.argv[1])\n"
             "assert lease.granted\n"
             "del lease\n"
-            "gc.collect()\n"
-            "print('collected', flush=True)\n"
-            "sys.stdin.read()\n"
+            "print('dropped', flush=True)\n"
+            "while not select.select([sys.stdin], [], [], 0.02)[0]:\n"
+            "    gc.collect()\n"
         )
         with subprocess.Popen(
             [sys.executable, "-c", code, daemon.path],
@@ -345,7 +345,7 @@ def test_leases_end_with_the_last_object_that_knows_of_them(tmp_path: Path) -> N
             stdout=subprocess.PIPE,
         ) as child:
             assert child.stdout is not None
-            assert child.stdout.readline() == b"collected\n"
+            assert child.stdout.readline() == b"dropped\n"
             daemon.wait_for_hangup()
             child.communicate()
 

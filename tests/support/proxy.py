@@ -161,6 +161,7 @@ class FakeDaemon:
         except (Hangup, ConnectionError):
             pass
         except BaseException as fault:
+            # Whatever it is, it is the test's to see, in the thread that asserts.
             self.failures.append(fault)
         finally:
             sock.close()

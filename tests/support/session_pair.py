@@ -6,13 +6,18 @@ daemon's end says is fed to the session in one piece, or cut as the test likes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import msgpack
+import pytest
 
+from libclient import operations
+from libclient.decision import Decision, Event
 from libclient.session import Session
+from libclient.tickets import Ticket
 from libclient.wire.framing import MAX_REQUEST_BYTES, FrameSplitter, frame
+from tests.support.proxy import grant_fields
 
 
 class SessionPair:
@@ -59,3 +64,49 @@ class SessionPair:
         """Return an event about the connection's own leases, with its `seq`."""
         self._seq += 1
         return {"event": name, "seq": self._seq, "time": 1_000.0, **fields}
+
+
+def ok(request: dict[str, Any], **fields: object) -> dict[str, Any]:
+    """Return the answer to a request."""
+    return {"id": request["id"], "ok": True, **fields}
+
+
+def refused(request: dict[str, Any], code: str) -> dict[str, Any]:
+    """Return the refusal of a request."""
+    error = {"code": code, "message": "no", "retryable": False}
+    return {"id": request["id"], "ok": False, "error": error}
+
+
+def result_of(operation: Generator[Ticket, None, Any]) -> Any:
+    """Resume an operation whose answer is here; return what it returns."""
+    with pytest.raises(StopIteration) as end:
+        operation.send(None)
+    return end.value.value
+
+
+class Asked:
+    """A lease that was asked for and not answered."""
+
+    def __init__(self, pair: SessionPair, *, required: bool = False, **fields: object) -> None:
+        self.events: list[Event] = []
+        self.decision = Decision(self.events.append)
+        self.operation = operations.lease(
+            pair.session, self.decision, {"agent": "analyst", **fields}, required
+        )
+        self.ticket = self.operation.send(None)
+        (self.request,) = pair.asked()
+
+
+def held_lease(pair: SessionPair, number: int = 1, **changes: object) -> Asked:
+    """Ask for a lease and grant it."""
+    asked = Asked(pair)
+    pair.send(ok(asked.request, **grant_fields(number, **changes)))
+    assert asked.ticket.done
+    return asked
+
+
+def tell(pair: SessionPair) -> None:
+    """Call the handlers that are to be called."""
+    for handler, event in pair.session.notices:
+        handler(event)
+    pair.session.notices.clear()

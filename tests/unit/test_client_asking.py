@@ -1,3 +1,5 @@
+"""What a lease may be asked for, and what raises before anything is sent."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""A lease's environment, and the framework that may have started CUDA already."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""For how long a policy counts, and what to assume without one."""
+
 from __future__ import annotations
 
 import pytest
