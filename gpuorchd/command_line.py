@@ -68,7 +68,11 @@ def _parser(version: str) -> argparse.ArgumentParser:
             sections[row.section] = parser.add_argument_group(row.section)
         bare = {"nargs": "?", "const": "true"} if row.kind is FLAG else {}
         sections[row.section].add_argument(
-            row.flag, dest=row.name, metavar=row.kind.metavar, help=_help(row), **bare  # type: ignore[arg-type]  # argparse's overloads do not know that the keys go together
+            row.flag,
+            dest=row.name,
+            metavar=row.kind.metavar,
+            help=_help(row),
+            **bare,  # type: ignore[arg-type]  # argparse's overloads do not know that the keys go together
         )
     return parser
 

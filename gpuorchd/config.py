@@ -94,6 +94,8 @@ def setting(section: str, variable: str, flag: str, kind: Kind[T], default: D, h
 class Config:
     """The effective configuration. Durations in seconds, memory in the unit of the name."""
 
+    # A table: the columns of a row stay on one line.
+    # fmt: off
     socket: Path = setting(
         "Socket", SOCKET_VARIABLE, "--socket", PATH, Path(DEFAULT_SOCKET),
         "the Unix socket to listen on",
@@ -243,6 +245,7 @@ class Config:
         "how log lines are written; auto: journal under the journal, console on a terminal, else "
         "json",
     )
+    # fmt: on
 
     @property
     def limits(self) -> Limits:

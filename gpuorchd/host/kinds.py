@@ -164,8 +164,12 @@ def _cards(text: str) -> SimulatedCards:
 
 FLAG = Kind(_flag, "true or false (1/0, yes/no, on/off)", "BOOL", lambda flag: str(flag).lower())
 PATH = Kind(_path, "an absolute path", "PATH")
-MODE = Kind(_mode, "an octal mode from 0600 to 0777 that lets the owner read and write", "MODE",
-            lambda mode: f"{mode:04o}")
+MODE = Kind(
+    _mode,
+    "an octal mode from 0600 to 0777 that lets the owner read and write",
+    "MODE",
+    lambda mode: f"{mode:04o}",
+)
 GROUP = Kind(_group, "the name of a group of this host, or a gid", "GROUP")
 CARDS = Kind(
     _cards,
