@@ -142,9 +142,9 @@ class Simulation:
         self._troubled = rng.random() < 0.5
         self._unit = 0
         self._nested = rng.random() < 0.2
-        # Nobody takes memory behind the core's back, and whose memory it is can be told: then no
-        # allocation within a lease may ever fail.
-        self._faithful = self.strays != "wild" and not (self._nested and self._units)
+        # Nobody takes memory behind the core's back, and no child takes some of its parent's lease
+        # along when it becomes a holder itself: then no allocation within a lease may ever fail.
+        self._faithful = self.strays != "wild" and not self._nested
 
     def _card(self, index: int, kind: str, drain_ms: int) -> DeviceFacts:
         total_mb = self.rng.choice((8_000, 8_000, 10_000, 24_576))

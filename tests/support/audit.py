@@ -255,17 +255,15 @@ def check_over_bound(
     books: Books, waiting: Sequence[Waiting], limits: Limits, asker: Waiting, effect: AnswerError
 ) -> None:
     """Check that a refused request would have passed a bound, and that the message names it."""
+    found = counts(books, waiting, asker.conn, asker.uid)
+    for name in ("leases", "leases_per_uid", "leases_per_connection"):
+        # A request that waits may become a lease: it may count as one from the start.
+        found[name] += found[name.replace("leases", "waiting")]
     reached = {
         name: getattr(limits, name)
-        for name, count in counts(books, waiting, asker.conn, asker.uid).items()
+        for name, count in found.items()
         if count >= getattr(limits, name)
     }
-    # What a connection holds and what it awaits may be bounded together.
-    of_conn = counts(books, waiting, asker.conn, asker.uid)
-    if of_conn["leases_per_connection"] + of_conn["waiting_per_connection"] >= (
-        limits.leases_per_connection
-    ):
-        reached["leases_per_connection"] = limits.leases_per_connection
     require(bool(reached), "only what passes a bound is refused for it", effect.refusal)
     named = any(str(bound) in effect.refusal.message for bound in reached.values())
     require(named, "a bound is named with its value", effect.refusal, reached)

@@ -108,7 +108,7 @@ class Books:
         self, uuid: DeviceUuid, use: ProcessUse, holders: dict[ProcessKey, str | None]
     ) -> list[ProcessKey]:
         found = [use.process] if use.process in holders else []
-        found += [x.holder for x in self.leases.values() if use.process in x.processes]
+        found += [x.holder for x in self.leases.values() if use.process in x.seen]
         return found + self._kin(uuid, use, holders)
 
     def _kin(
@@ -148,7 +148,12 @@ class Books:
     def leave(self, conn: ConnectionId) -> None:
         """Note its end; its leases end by `end`."""
         self._told.clear()
-        del self.peers[conn]
+        process = self.peers.pop(conn).process
+        for seat in self.seats.values():
+            # Whom it counts to now is settled by the next reading.
+            for use in seat.reading.processes if seat.reading is not None else ():
+                if process in (use.process, *use.ancestors) and use.ancestors:
+                    seat.doubtful = True
 
     def grant(self, record: Lease, peer: Peer, *, whole: bool) -> Held:
         """Note a grant; the holder's own residue goes over into it."""
@@ -268,6 +273,8 @@ class Books:
     def read(self, started_ns: int, readings: tuple[Reading, ...], failures: set[str]) -> None:
         """Note fresh readings: what they show gone is free."""
         self._told.clear()
+        for lease in self.leases.values():
+            lease.seen &= lease.processes
         for uuid in failures:
             if uuid in self.seats:
                 self.seats[DeviceUuid(uuid)].failed = True
@@ -286,6 +293,7 @@ class Books:
                 for lease in self.leases.values():
                     if reading.uuid in lease.shares and [lease.holder] == kin:
                         lease.processes.add(use.process)
+                        lease.seen.add(use.process)
             self._settle(reading.uuid, started_ns, told)
         self._told.clear()
         self.sweep()
@@ -329,7 +337,7 @@ class Books:
             del self.leases[lease.lease_id]
             self._doubt(lease)
             self._told.clear()
-            if lease.processes - {lease.holder}:
+            if lease.seen:
                 for uuid in lease.shares:
                     self.seats[uuid].doubtful = True
 

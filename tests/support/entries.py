@@ -54,6 +54,8 @@ class Held:
     withheld: bool = False
     # Its processes that are not known to have ended.
     processes: set[ProcessKey] = field(default_factory=set)
+    # Those that readings showed besides its peer, dead ones too.
+    seen: set[ProcessKey] = field(default_factory=set)
     # When the last of them ended.
     gone_ns: int = 0
     # The drain timeout in force at its end and at any time since: the shortest and the longest.
