@@ -11,13 +11,13 @@ meanwhile. A client belongs to the loop it was made on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, Unpack
 
 from libclient import operations
-from libclient.asking import lease_fields
+from libclient.asking import LeaseOptions, lease_fields
 from libclient.decision import Decision, Event, EventHandler
 from libclient.drive_async import drive
 from libclient.errors import ForkedClient, NotGranted, RequestError, Unavailable
@@ -160,27 +160,17 @@ class AsyncClient:
         agent: str,
         memory: str | float | None = None,
         *,
-        gpus: int = 1,
-        exclusive: bool = False,
-        priority: str | None = None,
         wait_s: float = 0,
-        devices: Sequence[str | int] | None = None,
-        preemptible: bool = False,
-        expected_s: float | None = None,
-        purpose: str | None = None,
-        labels: Mapping[str, str] | None = None,
         required: bool = False,
         on_event: EventHandler | None = None,
+        **options: Unpack[LeaseOptions],
     ) -> Opening[AsyncLease]:
         """Ask for GPU memory; the lease says GPU or CPU, and why.
 
         Arguments and outcomes are those of the blocking `Client.lease`. `on_event` is called by
         the loop.
         """
-        fields = lease_fields(
-            agent, memory, gpus, exclusive, priority, wait_s, devices, preemptible, expected_s,
-            purpose, labels,
-        )  # fmt: skip
+        fields = lease_fields(agent, memory, wait_s, **options)
         session = self.link.session
 
         def ask() -> Awaitable[AsyncLease]:
@@ -191,10 +181,15 @@ class AsyncClient:
         return Opening(ask)
 
     async def explain(
-        self, agent: str, memory: str | float | None = None, **fields: Any
+        self,
+        agent: str,
+        memory: str | float | None = None,
+        *,
+        wait_s: float = 0,
+        **options: Unpack[LeaseOptions],
     ) -> dict[str, Any]:
         """Ask what `lease` would answer now; takes what it takes, and changes nothing."""
-        asked = lease_fields(agent, memory, **fields)
+        asked = lease_fields(agent, memory, wait_s, **options)
         return await self.call("explain", timeout_s=ANSWER_S, **asked)
 
     async def release(self, lease: AsyncLease | str) -> None:
@@ -319,14 +314,14 @@ def lease(
     required: bool = False,
     wait_s: float = 0,
     on_event: EventHandler | None = None,
-    **fields: Any,
+    **options: Unpack[LeaseOptions],
 ) -> Opening[AsyncLease]:
     """Ask for a lease on a connection of its own, which its end closes.
 
     The arguments and the result are those of `AsyncClient.lease`; without a daemon the lease is for
     the CPU too. Connecting is part of the 2 s.
     """
-    asked = lease_fields(agent, memory, wait_s=wait_s, **fields)
+    asked = lease_fields(agent, memory, wait_s, **options)
     path = socket_path(socket)
 
     async def ask() -> AsyncLease:
@@ -342,10 +337,14 @@ def lease(
         held = AsyncLease(client, on_event, True)
         try:
             operation = operations.lease(client.link.session, held, asked, required)
-            return await drive(client.link, operation, end_s - monotonic())
-        finally:
-            if not held.live:
-                client.close()
+            await drive(client.link, operation, end_s - monotonic())
+        except BaseException:
+            # Whatever was granted meanwhile ends with the connection.
+            client.close()
+            raise
+        if not held.live:
+            client.close()
+        return held
 
     return Opening(ask)
 

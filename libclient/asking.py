@@ -8,19 +8,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from libclient.sizes import parse_memory
 from libclient.wire.vocabulary import AGENT_CHARS, DEVICES_MAX, GPUS_MAX, PRIORITIES, WAIT_S_MAX
 
 
+class LeaseOptions(TypedDict, total=False):
+    """What else may be asked of a lease; what is left out is as on the wire.
+
+    gpus: how many. exclusive: whole GPUs. priority: critical, normal or background. devices: uuids
+    or indices to choose from. preemptible: may be taken back for others. expected_s: how long it
+    will take, seconds. purpose, labels: for people.
+    """
+
+    gpus: int
+    exclusive: bool
+    priority: str | None
+    devices: Sequence[str | int] | None
+    preemptible: bool
+    expected_s: float | None
+    purpose: str | None
+    labels: Mapping[str, str] | None
+
+
 def lease_fields(
     agent: str,
     memory: str | float | None = None,
+    wait_s: float = 0,
+    *,
     gpus: int = 1,
     exclusive: bool = False,
     priority: str | None = None,
-    wait_s: float = 0,
     devices: Sequence[str | int] | None = None,
     preemptible: bool = False,
     expected_s: float | None = None,

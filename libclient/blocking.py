@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 from libclient import operations
-from libclient.asking import lease_fields
+from libclient.asking import LeaseOptions, lease_fields
 from libclient.decision import Decision, Event, EventHandler
 from libclient.errors import ForkedClient, NotGranted, RequestError, Unavailable
 from libclient.exchange import Exchange
@@ -122,17 +122,10 @@ class Client:
         agent: str,
         memory: str | float | None = None,
         *,
-        gpus: int = 1,
-        exclusive: bool = False,
-        priority: str | None = None,
         wait_s: float = 0,
-        devices: Sequence[str | int] | None = None,
-        preemptible: bool = False,
-        expected_s: float | None = None,
-        purpose: str | None = None,
-        labels: Mapping[str, str] | None = None,
         required: bool = False,
         on_event: EventHandler | None = None,
+        **options: Unpack[LeaseOptions],
     ) -> Lease:
         """Ask for GPU memory; return a lease that says GPU or CPU, and why.
 
@@ -141,10 +134,7 @@ class Client:
         in the client's thread with events about this lease, the waiting included. Raises ValueError
         or TypeError for values that cannot be asked for, before anything is sent.
         """
-        fields = lease_fields(
-            agent, memory, gpus, exclusive, priority, wait_s, devices, preemptible, expected_s,
-            purpose, labels,
-        )  # fmt: skip
+        fields = lease_fields(agent, memory, wait_s, **options)
         exchange = self.exchange
         operation = operations.lease(
             exchange.session, Lease(self, on_event, False), fields, required
@@ -156,21 +146,11 @@ class Client:
         agent: str,
         memory: str | float | None = None,
         *,
-        gpus: int = 1,
-        exclusive: bool = False,
-        priority: str | None = None,
         wait_s: float = 0,
-        devices: Sequence[str | int] | None = None,
-        preemptible: bool = False,
-        expected_s: float | None = None,
-        purpose: str | None = None,
-        labels: Mapping[str, str] | None = None,
+        **options: Unpack[LeaseOptions],
     ) -> dict[str, Any]:
         """Ask what `lease` would answer now; nothing changes. Raises as `call` does."""
-        fields = lease_fields(
-            agent, memory, gpus, exclusive, priority, wait_s, devices, preemptible, expected_s,
-            purpose, labels,
-        )  # fmt: skip
+        fields = lease_fields(agent, memory, wait_s, **options)
         return self._run("explain", fields, ANSWER_S)
 
     def release(self, lease: Lease | str) -> None:
@@ -289,14 +269,14 @@ def lease(
     required: bool = False,
     wait_s: float = 0,
     on_event: EventHandler | None = None,
-    **fields: Any,
+    **options: Unpack[LeaseOptions],
 ) -> Lease:
     """Ask for a lease on a connection of its own, which its end closes.
 
     The arguments and the result are those of `Client.lease`; without a daemon the lease is for the
     CPU too. Connecting is part of the 2 s.
     """
-    asked = lease_fields(agent, memory, wait_s=wait_s, **fields)
+    asked = lease_fields(agent, memory, wait_s, **options)
     start_s = monotonic()
     try:
         client = connect(socket)
@@ -309,10 +289,14 @@ def lease(
     held = Lease(client, on_event, True)
     try:
         operation = operations.lease(client.exchange.session, held, asked, required)
-        return client.exchange.run(operation, start_s + ANSWER_S + wait_s)
-    finally:
-        if not held.live:
-            client.close()
+        client.exchange.run(operation, start_s + ANSWER_S + wait_s)
+    except BaseException:
+        # Whatever was granted meanwhile ends with the connection.
+        client.close()
+        raise
+    if not held.live:
+        client.close()
+    return held
 
 
 def gpu_info(socket: str | None = None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from libclient.messages import Malformed, check_grant, reasons_in_words
+
 Event = dict[str, Any]
 EventHandler = Callable[[Event], None]
 
@@ -18,10 +20,6 @@ CUDA_DEVICE = "cuda:0"
 CPU_DEVICE = "cpu"
 # An agent that is told to use the CPU sets this, so that no framework starts CUDA by itself.
 _HIDE_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
-
-
-class Malformed(Exception):
-    """A reply or event that breaks the contract. Its text says in what way."""
 
 
 class Decision:
@@ -107,12 +105,12 @@ class Decision:
             if reply.get("granted") is not False or type(note) is not str:
                 raise Malformed("a lease reply is neither a grant nor a refusal")
             self._reply = reply
-            self.refuse(note, _in_words(reply))
+            self.refuse(note, reasons_in_words(reply))
             return
         lease_id, token = reply.get("lease_id"), reply.get("token")
         if type(lease_id) is not str or type(token) is not str:
             raise Malformed("a grant has no lease_id or no token")
-        _check_grant(reply)
+        check_grant(reply)
         if reply.get("expires_at") is not None:
             self._set_ttl(reply, now_s)
         self._reply = reply
@@ -152,28 +150,3 @@ class Decision:
             f"<{kind} {self.lease_id} device={self.device!r} memory_mb={self.memory_mb} "
             f"gpus={[gpu['index'] for gpu in self.gpus]} {state}>"
         )
-
-
-def _check_grant(reply: dict[str, Any]) -> None:
-    gpus, env = reply.get("gpus"), reply.get("env")
-    if type(gpus) is not list or not gpus:
-        raise Malformed("a grant names no GPUs")
-    for gpu in gpus:
-        if type(gpu) is not dict or type(gpu.get("memory_mb")) is not int:
-            raise Malformed("a grant names a GPU without its memory_mb")
-        if type(gpu.get("uuid")) is not str or type(gpu.get("index")) is not int:
-            raise Malformed("a grant names a GPU without its uuid or index")
-    if type(env) is not dict:
-        raise Malformed("a grant has no env")
-    for value in env.values():
-        if type(value) is not str:
-            raise Malformed("a grant's env holds something other than strings")
-
-
-def _in_words(reply: dict[str, Any]) -> str:
-    said = []
-    for reason in reply.get("reasons") or ():
-        if isinstance(reason, dict) and reason.get("detail"):
-            index = reason.get("gpu")
-            said.append(f"{'host' if index is None else f'gpu {index}'}: {reason['detail']}")
-    return "; ".join(said)

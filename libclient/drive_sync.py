@@ -17,8 +17,7 @@ from libclient.errors import TIMEOUT, Unavailable
 from libclient.where import connecting, new_socket
 
 READ_BYTES = 65_536
-# Above the time of a common answer; so short that no sensible timer's signals start it anew and
-# anew, for a read, unlike `poll`, takes its time afresh after each.
+# More than most answers take; too short for a timer's signals to start it again and again.
 _FIRST_WAIT_US = 5_000
 _NOW = socket.MSG_DONTWAIT
 
@@ -33,8 +32,8 @@ class Link:
             for pause_s in connecting(self.sock, path, deadline_s):
                 sleep(pause_s)
             self.sock.setblocking(True)
-            timeout = pack("ll", 0, _FIRST_WAIT_US)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+            first_wait = pack("ll", 0, _FIRST_WAIT_US)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, first_wait)
         except BaseException:
             self.sock.close()
             raise

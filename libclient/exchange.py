@@ -23,7 +23,7 @@ from libclient.decision import Decision
 from libclient.drive_sync import Link
 from libclient.errors import TIMEOUT, ForkedClient, Unavailable
 from libclient.keeper import KEEPER
-from libclient.operations import Operation
+from libclient.operations import ANSWER_S, Operation
 from libclient.session import Session
 from libclient.tickets import Ticket
 
@@ -69,10 +69,9 @@ class Exchange:
         """
         ticket: Ticket | None = None
         session = self.session
+        self._enter()
         try:
-            with self._lock:
-                if self.forked:
-                    raise ForkedClient
+            try:
                 ticket = operation.send(None)
                 if self._leader is None and not ticket.done:
                     self._leader = ticket
@@ -81,6 +80,8 @@ class Exchange:
                         self._unwatch()
                 if session.outgoing:
                     self._flush()
+            finally:
+                self._lock.release()
             if session.outgoing:
                 self._send_rest(deadline_s)
             done = ticket.done
@@ -104,6 +105,18 @@ class Exchange:
             # An interrupt too: what was asked for must be given back before the caller goes on.
             return self._give_up(operation, ticket, fault)
         raise AssertionError("an operation has one step")
+
+    def _enter(self) -> None:
+        """Take the lock. Raises ForkedClient in a child, Unavailable where it cannot be had."""
+        if not self._lock.acquire(timeout=ANSWER_S):
+            # Nobody holds it that long, but who was interrupted while holding it: a signal handler
+            # that uses the client must not hang for that.
+            raise Unavailable(
+                "the client was interrupted at work, and cannot be used here", TIMEOUT
+            )
+        if self.forked:
+            self._lock.release()
+            raise ForkedClient
 
     def _take_in(self, data: bytes) -> None:
         """Feed what was read, and do what follows from it. Called with the lock."""
@@ -176,9 +189,12 @@ class Exchange:
 
     def _give_up(self, operation: Operation[T], ticket: Ticket | None, fault: BaseException) -> T:
         """Let the operation undo what it began, and hand the lead on."""
-        if ticket is None:
-            raise fault
         with self._lock:
+            if ticket is None:
+                # Interrupted while it was asked: what it had put down by then is undone.
+                operation.close()
+                raise fault
+            self.session.mend()
             ticket.wake = None
             if ticket in self._followers:
                 self._followers.remove(ticket)
@@ -201,19 +217,22 @@ class Exchange:
     def _flush(self) -> None:
         """Send what can be sent now. Called with the lock."""
         session = self.session
-        sent = self._link.send(session.outgoing)
-        if sent == len(session.outgoing):
-            session.outgoing = b""
-        elif sent >= 0:
-            session.outgoing = session.outgoing[sent:]
-        else:
-            # What the daemon said last may still be there, and says why.
-            session.outgoing = b""
-            if self._leader is None:
-                while data := self._link.receive_now():
-                    session.feed(data, monotonic())
-            session.end("the daemon closed the connection")
-            self._follow_up()
+        outgoing = session.outgoing
+        # Interrupted from here on, nobody could say what has been sent.
+        session.torn = True
+        sent = self._link.send(outgoing)
+        if sent >= 0:
+            session.outgoing = b"" if sent == len(outgoing) else outgoing[sent:]
+            session.torn = False
+            return
+        # What the daemon said last may still be there, and says why.
+        session.torn = False
+        session.outgoing = b""
+        if self._leader is None:
+            while data := self._link.receive_now():
+                session.feed(data, monotonic())
+        session.end("the daemon closed the connection")
+        self._follow_up()
 
     def _send_rest(self, deadline_s: float) -> None:
         """Wait until all is sent, the requests of other threads included."""
@@ -255,10 +274,14 @@ class Exchange:
         Where another thread is waiting for an answer, those who inherited the descriptor lose the
         connection as well; otherwise it is theirs.
         """
-        with self._lock:
-            if not self.closed:
-                self.session.close()
-                self._shut()
+        if self.closed:
+            return
+        self._enter()
+        try:
+            self.session.close()
+            self._shut()
+        finally:
+            self._lock.release()
 
     def _shut(self) -> None:
         """Let go of the connection, once the session is over. Called with the lock."""

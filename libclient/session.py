@@ -17,11 +17,19 @@ Not safe for several threads: the driver sees to that.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from libclient.codec import MALFORMED, decode, encoder
-from libclient.decision import Decision, Event, EventHandler, Malformed
+from libclient.decision import Decision, Event, EventHandler
 from libclient.errors import CLOSED, GARBAGE, NO_DAEMON, SEALED, Unavailable
+from libclient.messages import (
+    Malformed,
+    check_error,
+    deadline_of,
+    gist_of,
+    missed_before,
+    number_of,
+    text_of,
+)
 from libclient.tickets import Subscription, Ticket
 from libclient.wire.framing import (
     HEADER,
@@ -58,7 +66,7 @@ class Session:
         self._splitter = FrameSplitter(MAX_REPLY_BYTES)
         self._midway = False
         self._own_seq: int | None = None
-        # True while input is taken in, and for good if that was interrupted half-way.
+        # True while input is taken in or output sent, and for good if that was interrupted.
         self.torn = False
 
     @property
@@ -98,10 +106,7 @@ class Session:
         if ticket.abandoned:
             return
         ticket.abandoned = True
-        if self.torn:
-            # What was interrupted may have been the grant: only the end of the connection is sure
-            # to give it back.
-            self.end("interrupted while an answer was taken in", CLOSED)
+        self.mend()
         if self.ended is not None:
             return
         if ticket.done:
@@ -115,9 +120,19 @@ class Session:
             # Answered `unknown_request` where it does not wait: then its answer is on its way.
             self._ask_quietly("cancel", {"request_id": ticket.request_id})
 
+    def mend(self) -> None:
+        """End the conversation if input or output was interrupted half-way.
+
+        What was interrupted may have been a grant, or a request cut in two: only the end of the
+        connection is sure to give everything back.
+        """
+        if self.torn:
+            self.torn = False
+            self.end("interrupted in the middle of a message", CLOSED)
+
     def drop(self, lease: Decision) -> bool:
         """Forget a lease that is about to be released. Return whether there is one to release."""
-        if lease.ended is not None or lease.lease_id is None:
+        if self.ended is not None or lease.ended is not None or lease.lease_id is None:
             return False
         lease.ended = "released"
         self.leases.pop(lease.lease_id, None)
@@ -180,6 +195,9 @@ class Session:
         if not data:
             self.end("the daemon closed the connection")
             return
+        if self.ended is not None:
+            # Sealed: read and thrown away. Over: nobody asked.
+            return
         self.torn = True
         try:
             size = len(data) - HEADER_BYTES
@@ -189,7 +207,7 @@ class Session:
             else:
                 splitter = self._splitter
                 splitter.feed(data)
-                while self.ended is None and (payload := splitter.next_frame()) is not None:
+                while (payload := splitter.next_frame()) is not None:
                     self._on_payload(payload, now_s)
                 self._midway = splitter.pending_bytes > 0
         except (Malformed, FrameTooLarge) as fault:
@@ -225,6 +243,8 @@ class Session:
         self.end("this client was closed", CLOSED)
 
     def _on_payload(self, payload: bytes, now_s: float) -> None:
+        if self.ended is not None:
+            return
         try:
             message = decode(payload)
         except MALFORMED as fault:
@@ -236,11 +256,11 @@ class Session:
             self._on_event(message)
             return
         if ok is not True:
-            _check_error(message)
+            check_error(message)
         request_id = message.get("id")
         ticket = self.pending.pop(request_id, None) if type(request_id) is int else None
         if ticket is None:
-            raise Malformed(f"an answer to nothing that was asked: {_gist(message)}")
+            raise Malformed(f"an answer to nothing that was asked: {gist_of(message)}")
         ticket.reply = message
         if ticket.abandoned:
             self._on_late_reply(ticket, now_s)
@@ -300,7 +320,7 @@ class Session:
             # One that was just ended may still have events under way.
             if type(number) is int and number in self.subscriptions:
                 subscription = self.subscriptions[number]
-                missed = _missed(subscription.seq, event)
+                missed = missed_before(subscription.seq, event)
                 subscription.seq = event["seq"]
                 if missed and name != EVENTS_LOST:
                     subscription.put({"event": EVENTS_LOST, "count": missed})
@@ -309,7 +329,7 @@ class Session:
         if name == "daemon.resumed":
             self._on_resumed()
             return
-        missed = _missed(self._own_seq, event)
+        missed = missed_before(self._own_seq, event)
         self._own_seq = event["seq"]
         if missed and name != EVENTS_LOST:
             for lease in self.leases.values():
@@ -317,15 +337,15 @@ class Session:
         self._on_own_event(name, event)
 
     def _on_own_event(self, name: str, event: Event) -> None:
-        lease = self.leases.get(_text(event.get("lease_id")))
+        lease = self.leases.get(text_of(event.get("lease_id")))
         if name == "lease.queued":
-            ticket = self.pending.get(_number(event.get("request_id")))
+            ticket = self.pending.get(number_of(event.get("request_id")))
             if ticket is not None and isinstance(ticket.target, Decision):
                 self._notify(ticket.target, event)
         elif lease is not None:
             if name == "lease.revoking":
                 lease.revoking = True
-                lease.deadline = _deadline(event)
+                lease.deadline = deadline_of(event)
             elif name == "lease.revoked":
                 self._lose(lease, f"revoked: {event.get('reason')}")
             elif name == "lease.expired":
@@ -355,43 +375,3 @@ class Session:
     def _notify(self, lease: Decision, event: Event) -> None:
         if lease.on_event is not None:
             self.notices.append((lease.on_event, event))
-
-
-def _check_error(reply: dict[str, Any]) -> None:
-    error = reply.get("error")
-    if (
-        reply["ok"] is not False
-        or type(error) is not dict
-        or type(error.get("code")) is not str
-        or type(error.get("message")) is not str
-    ):
-        raise Malformed("a refusal without its code and message")
-
-
-def _gist(reply: dict[str, Any]) -> str:
-    if reply["ok"] is True:
-        return f"id {reply.get('id')!r}"
-    return f"id {reply.get('id')!r}, {reply['error']['code']}: {reply['error']['message']}"
-
-
-def _missed(last: int | None, event: Event) -> int:
-    """How many events are missing before this one. Raises `Malformed` if `seq` does not rise."""
-    seq = event.get("seq")
-    if type(seq) is not int or (last is not None and seq <= last):
-        raise Malformed(f"an event whose seq is {seq!r} after {last}")
-    return 0 if last is None else seq - last - 1
-
-
-def _deadline(event: Event) -> float | None:
-    time, deadline_s = event.get("time"), event.get("deadline_s")
-    if isinstance(time, int | float) and isinstance(deadline_s, int | float):
-        return float(time) + float(deadline_s)
-    return None
-
-
-def _text(value: object) -> str:
-    return value if type(value) is str else ""
-
-
-def _number(value: object) -> int:
-    return value if type(value) is int else 0

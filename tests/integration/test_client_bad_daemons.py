@@ -334,23 +334,6 @@ def test_a_cancelled_task_gives_its_late_grant_back(tmp_path: Path) -> None:
         assert daemon.ops()[:3] == ["lease", "cancel", "release"]
 
 
-def test_an_interrupted_caller_holds_nothing(tmp_path: Path) -> None:
-    with FakeDaemon(tmp_path, silent) as daemon:
-        main = threading.get_ident()
-
-        def interrupt() -> None:
-            daemon.wait_for_op("lease")
-            signal.pthread_kill(main, signal.SIGINT)
-
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        with libclient.connect(daemon.path) as client:
-            with pytest.raises(KeyboardInterrupt):
-                client.lease("analyst", wait_s=60)
-            daemon.wait_for_op("cancel")
-        thread.join()
-
-
 def test_a_lost_connection_ends_a_lease_and_its_release_is_quiet(tmp_path: Path) -> None:
     def script(conn: Served) -> None:
         conn.reply(conn.expect("lease"), **grant_fields())

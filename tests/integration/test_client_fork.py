@@ -141,7 +141,7 @@ def test_a_descriptor_that_is_inherited_on_purpose_keeps_the_lease(tmp_path: Pat
             pass_fds=[client.fileno()],
         )
         client.close()
-        with pytest.raises(AssertionError, match="did not close"):
+        with pytest.raises(AssertionError, match="the client to close"):
             daemon.wait_for_hangup(0.3)
         holder.communicate()
         daemon.wait_for_hangup()

@@ -1,0 +1,128 @@
+"""Signal handlers that use the client while the main thread is inside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import libclient
+from libclient.errors import Unavailable
+from tests.support.proxy import FakeDaemon, Served, denial_fields, grant_fields, wait_for
+
+# recvfrom and poll, by their numbers on the two architectures that have such GPUs.
+WAITING = {"x86_64": {"45", "7"}, "aarch64": {"207", "73"}}[os.uname().machine]
+
+
+def system_call(thread_id: int) -> str:
+    """Return the number of the system call that a thread of this process is in."""
+    return Path(f"/proc/self/task/{thread_id}/syscall").read_text().split()[0]
+
+
+@contextmanager
+def on_signal(handler: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Call `handler` in the main thread for a signal; give what sends it."""
+    main = threading.get_ident()
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: handler())
+    try:
+        yield lambda: signal.pthread_kill(main, signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_handler_that_releases_during_a_wait_is_not_held_up_for_good(tmp_path: Path) -> None:
+    def script(conn: Served) -> None:
+        conn.reply(conn.expect("lease"), **grant_fields())
+        waiting = conn.expect("lease")
+        wait_for(lambda: system_call(thread_id) in WAITING, "the wait for the answer")
+        send()
+        conn.reply(conn.expect("release"))
+        conn.reply(waiting, **denial_fields("TIMEOUT"))
+        conn.wait_for_end()
+
+    with FakeDaemon(tmp_path, script) as daemon, libclient.connect(daemon.path) as client:
+        lease = client.lease("held")
+        thread_id = threading.get_native_id()
+        start_s = time.monotonic()
+        with on_signal(lease.release) as send:
+            assert client.lease("more", wait_s=60).reason == "TIMEOUT"
+        assert time.monotonic() - start_s < 5
+        assert lease.ended == "released"
+
+
+def test_a_handler_that_strikes_in_the_middle_of_the_client_is_told(tmp_path: Path) -> None:
+    faults: list[Unavailable] = []
+
+    def use_it() -> None:
+        try:
+            client.call("health")
+        except Unavailable as fault:
+            faults.append(fault)
+
+    with FakeDaemon(tmp_path) as daemon, libclient.connect(daemon.path) as client:
+        encode = client.exchange.session._encode
+
+        def strike(message: object) -> bytes:
+            client.exchange.session._encode = encode
+            use_it()
+            return encode(message)  # type: ignore[arg-type]  # whatever it was
+
+        client.exchange.session._encode = strike
+        assert client.call("health") == {}
+    assert [fault.reason for fault in faults] == ["TIMEOUT"]
+    assert "interrupted" in str(faults[0])
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_a_request_that_is_interrupted_half_way_is_never_sent_twice(
+    tmp_path: Path, sent: bool
+) -> None:
+    with FakeDaemon(tmp_path) as daemon, libclient.connect(daemon.path) as client:
+        link = client.exchange._link
+        send = link.send
+
+        def interrupted(data: bytes) -> int:
+            if sent:
+                send(data)
+            raise KeyboardInterrupt
+
+        link.send = interrupted  # type: ignore[method-assign]  # the moment cannot be met from outside
+        with pytest.raises(KeyboardInterrupt):
+            client.lease("analyst")
+        assert client.closed
+        daemon.wait_for_hangup()
+        assert daemon.ops() == ["lease"] * sent
+
+
+def test_an_interrupted_caller_holds_nothing(tmp_path: Path) -> None:
+    def script(conn: Served) -> None:
+        waiting = conn.expect("lease")
+        signal.pthread_kill(main, signal.SIGINT)
+        cancel = conn.expect("cancel")
+        assert cancel["request_id"] == waiting["id"]
+        conn.wait_for_end()
+
+    main = threading.get_ident()
+    with FakeDaemon(tmp_path, script) as daemon, libclient.connect(daemon.path) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.lease("analyst", wait_s=60)
+        daemon.wait_for_op("cancel")
+
+
+def test_an_interrupted_caller_closes_the_connection_that_was_its_own(tmp_path: Path) -> None:
+    def script(conn: Served) -> None:
+        conn.expect("lease")
+        signal.pthread_kill(main, signal.SIGINT)
+        conn.wait_for_end()
+
+    main = threading.get_ident()
+    with FakeDaemon(tmp_path, script) as daemon:
+        with pytest.raises(KeyboardInterrupt):
+            libclient.lease("analyst", wait_s=60, socket=daemon.path)
+        daemon.wait_for_hangup()
