@@ -173,14 +173,14 @@ def explanation(result: Plan | Denial) -> dict[str, object]:
 class EventBody:
     """One event, encoded once for all who are told of it."""
 
-    __slots__ = ("_fields", "_line", "_pairs", "name", "size")
+    __slots__ = ("_line", "_pairs", "fields", "name", "size")
 
     def __init__(self, name: str, fields: Mapping[str, object], unix_s: float) -> None:
         self.name = name
-        self._fields = {"event": name, "time": unix_s, **fields}
+        self.fields = {"event": name, "time": unix_s, **fields}
         # The msgpack map without its header. The header is one byte up to 15 pairs, else three.
-        encoded = _encode_frame(self._fields)
-        self._pairs = encoded[1 if len(self._fields) <= FIXMAP_MAX else 3 :]
+        encoded = _encode_frame(self.fields)
+        self._pairs = encoded[1 if len(self.fields) <= FIXMAP_MAX else 3 :]
         self._line: bytes | None = None
         self.size = len(encoded)
 
@@ -188,10 +188,10 @@ class EventBody:
         """Write it as a frame, with its number and the subscription that it is for."""
         if subscription is None:
             added = _SEQ + _encode_frame(seq)
-            count = len(self._fields) + 1
+            count = len(self.fields) + 1
         else:
             added = _SEQ + _encode_frame(seq) + _SUBSCRIPTION + _encode_frame(subscription)
-            count = len(self._fields) + 2
+            count = len(self.fields) + 2
         head = bytes((FIXMAP | count,)) if count <= FIXMAP_MAX else _MAP16.pack(0xDE, count)
         length = len(head) + len(self._pairs) + len(added)
         return b"".join((_pack_length(length), head, self._pairs, added))
@@ -199,7 +199,7 @@ class EventBody:
     def line(self, subscription: int | None, seq: int) -> bytes:
         """Write it as a line of JSON, with its number and the subscription that it is for."""
         if self._line is None:
-            self._line = _encode_line(self._fields)[:-1]
+            self._line = _encode_line(self.fields)[:-1]
         if subscription is None:
             return b'%b,"seq":%d}\n' % (self._line, seq)
         return b'%b,"seq":%d,"subscription":%d}\n' % (self._line, seq, subscription)

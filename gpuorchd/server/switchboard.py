@@ -127,6 +127,7 @@ class Switchboard:
         message = "a bug in the daemon, logged with this request's id; the daemon stops"
         connection.refuse(Fault(words.INTERNAL, message, None, request_id, op))
         connection.outbox.flush()
+        connection.answered(request_id)
         self.services.on_bug(error, op, request_id)
 
     def connected(self, connection: Connection) -> None:
@@ -258,7 +259,6 @@ class Switchboard:
             text = await self.services.render_metrics()
         except Exception as error:  # a bug: no client can bring it about
             for connection, request_id in self._taken_metrics():
-                connection.op = "metrics"
                 self.bug(connection, request_id, error)
             return
         for connection, request_id in self._taken_metrics():

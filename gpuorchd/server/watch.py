@@ -67,7 +67,9 @@ class Watch:
             await asyncio.wait_for(self._told.wait(), timeout_s)
 
     def close(self) -> None:
-        """Stop watching everything."""
+        """Stop watching everything. Does nothing the second time."""
+        if self._epoll.closed:
+            return
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
         self._watched.clear()
