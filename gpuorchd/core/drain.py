@@ -345,7 +345,8 @@ def _forget_lease(state: State, lease: Lease, out: list[Effect]) -> None:
     lease.others = None
     for part in lease.parts:
         device = part.device
-        if not device.present and not device.parts and device.uuid in state.devices:
+        # A card that came back has a record of its own by now, which stays.
+        if not device.present and not device.parts and state.devices.get(device.uuid) is device:
             del state.devices[device.uuid]
     _drop_holder(state, lease.holder, out)
 

@@ -204,10 +204,19 @@ class Machine:
         return None
 
     def _own(
-        self, conn: ConnectionId, request_id: RequestId, token: Token, out: list[Effect]
+        self,
+        conn: ConnectionId,
+        request_id: RequestId,
+        token: Token,
+        now_ns: int,
+        out: list[Effect],
     ) -> Lease | None:
         """Find the live lease of a token, on its own connection; else answer why not."""
         lease = self.state.tokens.get(token)
+        if lease is not None and lease.expires_ns is not None and lease.expires_ns <= now_ns:
+            # Its time has come, if not yet the word of it: an expired lease does not come back.
+            leases.expire(self.state, lease, now_ns, out)
+            lease = None
         if lease is not None and lease.conn == conn:
             return lease
         if lease is None:
@@ -218,14 +227,14 @@ class Machine:
         return None
 
     def _release(self, event: ReleaseAsked, now_ns: int, out: list[Effect]) -> None:
-        lease = self._own(event.conn, event.request_id, event.token, out)
+        lease = self._own(event.conn, event.request_id, event.token, now_ns, out)
         if lease is not None:
             fields = {"released": True, "token": event.token}
             out.append(Answer(event.conn, event.request_id, fields))
             leases.end(self.state, lease, leases.released(lease, "released"), now_ns, out)
 
     def _renew(self, event: RenewAsked, now_ns: int, out: list[Effect]) -> None:
-        lease = self._own(event.conn, event.request_id, event.token, out)
+        lease = self._own(event.conn, event.request_id, event.token, now_ns, out)
         if lease is None:
             return
         if lease.expires_ns is not None:
@@ -256,7 +265,7 @@ class Machine:
         client.signal = event.signal
         for lease in requests:
             assert isinstance(lease, Lease)
-            if lease.expires_ns is not None:
+            if lease.expires_ns is not None and lease.expires_ns > now_ns:
                 lease.expires_ns = None
                 self.state.deadlines.drop((leases.TTL, lease.lease_id))
         out.append(Answer(event.conn, event.request_id, {"sealed": True}))
