@@ -27,6 +27,7 @@ from gpuorchd.core.model import (
     RequestId,
     Waiter,
 )
+from gpuorchd.core.placement import unreadable
 from gpuorchd.core.state import State
 from libclient.wire.vocabulary import PAGE_MAX
 
@@ -197,17 +198,12 @@ def device_state(state: State, device: Device, now_ns: int) -> str:
     """Say how a GPU stands, in the wire's words; the gravest that applies comes first."""
     if device.cordon is not None:
         return "cordoned"
-    if getattr(device, "unhealthy", None) is not None:
-        return "unhealthy"
+    # `unhealthy` is for a GPU that its driver reports as failed; no source reports that yet.
     return "ok" if _fresh(state, device, now_ns) else "unknown"
 
 
 def _fresh(state: State, device: Device, now_ns: int) -> bool:
-    if device.facts.drain_ns is not None:
-        return True
-    if device.reading is None or device.failure is not None:
-        return False
-    return now_ns - device.reading_ns <= state.settings.reading_max_age_ns
+    return unreadable(state, device, now_ns) is None
 
 
 def _gpu(
