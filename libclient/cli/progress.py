@@ -92,7 +92,8 @@ class Progress:
         complain(f"{why}; going on with the CPU" if on_cpu else f"not granted: {why}")
 
     def _draw(self) -> None:
-        width = max(20, os.get_terminal_size(sys.stderr.fileno()).columns)
+        # A terminal that does not know its size says 0.
+        width = max(20, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
         text = f"gpuorch: {self._text()}"
         sys.stderr.write(ERASE_LINE + text[: width - 1])
         sys.stderr.flush()

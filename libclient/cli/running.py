@@ -137,20 +137,31 @@ def environment(extra: dict[str, str]) -> dict[str, str]:
     # Of a `run` around this one.
     for name in (LEASE_VARIABLE, REASON_VARIABLE):
         result.pop(name, None)
-    if not _was_given("LC_CTYPE"):
-        # In the C locale, Python sets this for itself as it starts.
+    # In the C locale, Python sets this for itself as it starts.
+    given = _as_started("LC_CTYPE")
+    if given is None:
         result.pop("LC_CTYPE", None)
+    else:
+        result["LC_CTYPE"] = given
     result.update(extra)
     return result
 
 
-def _was_given(name: str) -> bool:
-    """Whether this process was started with a variable. True where that cannot be seen."""
+def _as_started(name: str) -> str | None:
+    """Return a variable as this process was started with it, None where it was not.
+
+    Where that cannot be seen, as it is now.
+    """
     try:
         with open("/proc/self/environ", "rb") as file:
-            return any(entry.startswith(f"{name}=".encode()) for entry in file.read().split(b"\0"))
+            entries = file.read().split(b"\0")
     except OSError:
-        return True
+        return os.environ.get(name)
+    for entry in entries:
+        key, _, value = entry.partition(b"=")
+        if key == name.encode():
+            return os.fsdecode(value)
+    return None
 
 
 def _become(path: str, words: Sequence[str], env: dict[str, str]) -> NoReturn:

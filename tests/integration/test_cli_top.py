@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -93,7 +94,8 @@ def test_top_outlives_the_daemon(tmp_path: Path) -> None:
         daemon = DaemonProcess(tmp_path, "--simulate", "1x24576")
         daemon.wait_until_it_answers()
         terminal.wait_for(b"ready")
-        terminal.press(b"\x03")
+        # Ctrl-C; the terminal is not the one that controls it, so the key alone would not do.
+        terminal.process.send_signal(signal.SIGINT)
         assert terminal.process.wait(ANSWER_DEADLINE_S) == 0
     finally:
         if terminal is not None:
