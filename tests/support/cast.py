@@ -183,14 +183,13 @@ class Cast:
 
     def check_whole_again(self) -> None:
         """Check that every card can be had whole, at once."""
-        link = self.appear(0, None)
         for card in tuple(self.stage.world.cards.values()):
+            link = self.appear(0, None)
             granted = self.stage.observer.granted_total
-            ask = Ask("last", card.capacity_mb, devices=(card.uuid,))
-            self.ask(link, ask)
+            self.ask(link, Ask("last", card.capacity_mb, devices=(card.uuid,)))
             assert self.stage.observer.granted_total == granted + 1, f"{card.uuid} is not free"
-        self.stage.kill(link.process)
-        self.stage.advance(15 * SECOND)
+            self.stage.kill(link.process)
+            self.stage.advance(15 * SECOND)
         check_empty(self.stage)
 
 

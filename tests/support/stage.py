@@ -117,6 +117,8 @@ class Stage:
         self.steps = 0
         self.trace: deque[str] = deque(maxlen=TRACE_EVENTS)
         self.persisting = False
+        # False once a promise was broken: what follows means nothing.
+        self.sound = True
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._entries = 0
         self._timer: tuple[int, int] | None = None
@@ -162,6 +164,7 @@ class Stage:
     def submit(self, event: ev.Event) -> list[fx.Effect]:
         """Hand the core one event, check what it does, and carry it out."""
         now_ns = self.world.now_ns
+        self.sound = False
         self.trace.append(f"{now_ns / 1e9:.6f} {event}")
         effects = self.machine.handle(event, now_ns)
         self.trace.extend(f"      {brief(effect)}" for effect in effects)
@@ -174,6 +177,7 @@ class Stage:
             self._timer = None
         elif self._timer is None or self._timer[0] != next_ns:
             self._timer = (next_ns, max(now_ns, next_ns) + self.pace.timer_late_ns())
+        self.sound = True
         self._believe()
         for effect in effects:
             self._carry_out(effect)
