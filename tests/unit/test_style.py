@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.support.sources import ROOT, python_files, tree_of
 
@@ -25,65 +24,61 @@ SUPPRESSION = re.compile(
     r"#\s*(type:\s*ignore|noqa)(?P<code>\[[\w,\s-]+\]|:\s*[A-Z]+\d+)?(?P<rest>.*)"
 )
 
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+
+def test_a_file_fits_one_sitting() -> None:
+    counts = {_shown(path): len(path.read_text().splitlines()) for path in FILES}
+    long = {name: count for name, count in counts.items() if count >= FILE_LINES}
+    assert not long, f"under {FILE_LINES} lines allowed"
 
 
-@each_file
-def test_a_file_fits_one_sitting(path: Path) -> None:
-    count = len(path.read_text().splitlines())
-    assert count < FILE_LINES, f"{count} lines, under {FILE_LINES} allowed"
+def test_a_function_fits_one_screen() -> None:
+    long = {}
+    for path, node in _nodes(ast.FunctionDef, ast.AsyncFunctionDef):
+        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        assert node.end_lineno is not None
+        count = node.end_lineno - node.lineno + 1
+        if count >= FUNCTION_LINES:
+            long[f"{_shown(path)}:{node.lineno} {node.name}"] = count
+    assert not long, f"under {FUNCTION_LINES} lines allowed"
 
 
-@each_file
-def test_a_function_fits_one_screen(path: Path) -> None:
-    long = []
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            count = node.end_lineno - node.lineno + 1
-            if count >= FUNCTION_LINES:
-                long.append(f"{node.name} at line {node.lineno}: {count} lines")
-    assert not long, f"under {FUNCTION_LINES} lines allowed: {long}"
+def test_a_file_says_what_it_owns() -> None:
+    # An empty `__init__.py` has nothing to say.
+    silent = [
+        _shown(path) for path in FILES if path.read_text() and not ast.get_docstring(tree_of(path))
+    ]
+    assert not silent, "opens without saying what it is for"
 
 
-@each_file
-def test_a_file_says_what_it_owns(path: Path) -> None:
-    if path.name == "__init__.py" and not path.read_text():
-        return
-    assert ast.get_docstring(tree_of(path)), "opens without saying what it is for"
+def test_names_say_what_is_inside() -> None:
+    empty = [_shown(path) for path in FILES if EMPTY_NAMES.search(path.stem)]
+    for path, node in _nodes(ast.ClassDef):
+        assert isinstance(node, ast.ClassDef)
+        if EMPTY_CLASSES.search(node.name):
+            empty.append(f"{_shown(path)}:{node.lineno} {node.name}")
+    assert not empty, "names nothing"
 
 
-@each_file
-def test_names_say_what_is_inside(path: Path) -> None:
-    assert not EMPTY_NAMES.search(path.stem), f"{path.stem} names nothing"
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.ClassDef):
-            assert not EMPTY_CLASSES.search(node.name), f"{node.name} names nothing"
-
-
-@each_file
-def test_a_suppressed_warning_has_its_code_and_its_reason(path: Path) -> None:
+def test_a_suppressed_warning_has_its_code_and_its_reason() -> None:
     bare = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        found = SUPPRESSION.search(line)
-        if found is None or line.lstrip().startswith(("SUPPRESSION", '"', "'")):
-            continue
-        if not found["code"] or not re.match(r"\s*#\s*\w+", found["rest"]):
-            bare.append(f"line {number}: {line.strip()}")
-    assert not bare, "needs a code and, after another #, a reason: " + "; ".join(bare)
+    for path in FILES:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found = SUPPRESSION.search(line)
+            if found is None or line.lstrip().startswith(("SUPPRESSION", '"', "'")):
+                continue
+            if not found["code"] or not re.match(r"\s*#\s*\w+", found["rest"]):
+                bare.append(f"{_shown(path)}:{number} {line.strip()}")
+    assert not bare, "needs a code and, after another #, a reason"
 
 
-@each_file
-def test_catching_everything_is_explained(path: Path) -> None:
-    lines = path.read_text().splitlines()
+def test_catching_everything_is_explained() -> None:
     silent = []
-    for node in ast.walk(tree_of(path)):
-        if not isinstance(node, ast.ExceptHandler) or not _swallows_everything(node):
-            continue
-        around = lines[node.lineno - 2 : node.lineno + 2]
-        if not any("#" in line for line in around):
-            silent.append(f"line {node.lineno}")
-    assert not silent, f"says not why: {silent}"
+    for path, node in _nodes(ast.ExceptHandler):
+        assert isinstance(node, ast.ExceptHandler)
+        around = path.read_text().splitlines()[node.lineno - 2 : node.lineno + 2]
+        if _swallows_everything(node) and not any("#" in line for line in around):
+            silent.append(f"{_shown(path)}:{node.lineno}")
+    assert not silent, "says not why"
 
 
 def test_the_project_speaks_of_itself_alone() -> None:
@@ -103,6 +98,17 @@ def test_the_project_speaks_of_itself_alone() -> None:
             if FOREIGN.search(line):
                 foreign.append(f"{name}:{number}: {line.strip()[:100]}")
     assert not foreign, "\n".join(foreign)
+
+
+def _nodes(*kinds: type[ast.AST]) -> Iterator[tuple[Path, ast.AST]]:
+    for path in FILES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, kinds):
+                yield path, node
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def _swallows_everything(handler: ast.ExceptHandler) -> bool:
