@@ -22,6 +22,8 @@ from gpuorchd.core.state import State
 
 E = TypeVar("E", bound=Effect)
 
+NS_PER_MS = 1_000_000
+
 
 class Engine:
     """Run a `Machine` on an event loop. Not thread-safe: call it on the loop only."""
@@ -105,8 +107,10 @@ class Engine:
                 return
             self._timer.cancel()
         self._timer_ns = due_ns
-        delay_s = max(0, due_ns - self._clock()) / 1e9
-        self._timer = self._loop.call_later(delay_s, self._on_timer)
+        # The loop counts in milliseconds. Rounded up, deadlines that lie close share a turn; to
+        # the nearest, a timer would fire early and be set again until its deadline has come.
+        delay_ms = -((self._clock() - due_ns) // NS_PER_MS)
+        self._timer = self._loop.call_later(max(0, delay_ms) / 1_000, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Final, cast
 
 from gpuorchd.core.events import ClientArrived, ClientLeft
 from gpuorchd.core.model import ConnectionId, Peer, RequestId
-from gpuorchd.server import dispatch
 from gpuorchd.server.credentials import Credentials, is_admin
+from gpuorchd.server.dispatch import find_repeated, handle
 from gpuorchd.server.faults import Fault, read_frame
 from gpuorchd.server.intake import Intake
 from gpuorchd.server.requests import AnyRequest
 from gpuorchd.server.speaker import LATE_OP, Speaker
 from libclient.wire import vocabulary as words
-from libclient.wire.framing import HEADER, HEADER_BYTES, MAX_REQUEST_BYTES, WHOLE_FRAME_BYTES
+from libclient.wire.framing import HEADER, HEADER_BYTES, WHOLE_FRAME_BYTES
 
 if TYPE_CHECKING:
     from gpuorchd.server.switchboard import Switchboard
@@ -50,7 +50,6 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         "_admin",
         "_again",
         "_closing",
-        "_deferred",
         "_deferred_id",
         "_direct",
         "_discarded",
@@ -62,10 +61,12 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         "_watched",
         "arrived",
         "credentials",
+        "deferred",
         "ended",
         "fd",
         "peer",
         "refusal",
+        "sealed",
         "sock",
     )
 
@@ -87,6 +88,7 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         self.peer: Peer | None = None
         self.arrived = False
         self.ended = False
+        self.sealed = False
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
         self._intake = Intake()
@@ -94,7 +96,8 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         self._direct = False
         self._paused = False
         self._watched = False
-        self._deferred = False
+        # An answer that takes time is being waited for.
+        self.deferred = False
         self._deferred_id: RequestId = None
         self._closing = False
         # All that was said is with the kernel, and the peer was told that nothing more comes.
@@ -120,16 +123,20 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         """Take in what was read."""
         board = self.board
         view = board.buffer
-        if self._direct and nbytes > HEADER_BYTES:
-            length = _length_at(view)[0]
-            if length == nbytes - HEADER_BYTES and length <= MAX_REQUEST_BYTES:
-                board.busy = self
-                self._take(read_frame(view[HEADER_BYTES:nbytes]))
-                board.busy = None
-                board.flush()
-                if self._deferred or self._closing or self.sealed or self.outbox.unsent_bytes:
-                    self._adjust(starved=True)
-                return
+        direct = self._direct
+        # The buffer has room for no frame over the limit: one that is here whole is within it.
+        if direct and nbytes > HEADER_BYTES and _length_at(view)[0] == nbytes - HEADER_BYTES:
+            board.busy = self
+            request = read_frame(view[HEADER_BYTES:nbytes])
+            if isinstance(request, Fault):
+                self._take(request)
+            else:
+                handle(board, self, request)
+            board.busy = None
+            board.flush()
+            if not self._direct or self.outbox.unsent_bytes:
+                self._adjust(starved=True)
+            return
         if self._closing or self.sealed:
             self._discard(nbytes)
         elif not self.ended:
@@ -160,7 +167,7 @@ class Connection(Speaker, asyncio.BufferedProtocol):
     def on_writable(self) -> None:
         """Send on, and take more requests once enough has left."""
         self.outbox.flush()
-        self.flushed()
+        self._flushed()
         if not self.ended and self.outbox.unsent_bytes <= self.bound_bytes // 2:
             self.catch_up()
             self._run()
@@ -176,27 +183,23 @@ class Connection(Speaker, asyncio.BufferedProtocol):
 
     # What the rest of the room calls.
 
-    @property
-    def is_deferred(self) -> bool:
-        """Whether an answer that takes time is being waited for."""
-        return self._deferred
-
     def defer(self, request_id: RequestId) -> None:
         """Take no further request until this one has been answered."""
-        self._deferred = True
+        self.deferred = True
         self._deferred_id = request_id
+        self._direct = False
 
     def answered(self, request_id: RequestId) -> None:
         """Go on taking requests where it was this answer that was waited for."""
-        if self._deferred and self._deferred_id == request_id:
-            self._deferred = False
+        if self.deferred and self._deferred_id == request_id:
+            self.deferred = False
             self.op = LATE_OP
             if self.board.busy is not self:
                 self._run_soon()
 
     def seal(self) -> None:
         """Send nothing after what is in the outbox, and throw away what comes in."""
-        self.sealed = True
+        self.sealed = self.muted = True
         self._direct = False
         self.drop_subscriptions()
 
@@ -215,8 +218,17 @@ class Connection(Speaker, asyncio.BufferedProtocol):
             self._admin = is_admin(self.credentials, self.sock, gid)
         return self._admin
 
-    def flushed(self) -> None:
-        """See to what the kernel did not take. Called after every flush."""
+    def flush(self) -> None:
+        """Send what was put, as far as the kernel takes it."""
+        outbox = self.outbox
+        if outbox.blocked:
+            # The watch tells when it can go on: trying before is a wasted call.
+            return
+        if not outbox.flush() or self._watched or self._closing:
+            self._flushed()
+
+    def _flushed(self) -> None:
+        """See to what the kernel did not take, and to what was waiting for it to take all."""
         outbox = self.outbox
         if outbox.blocked or self._watched:
             self._watch()
@@ -286,13 +298,13 @@ class Connection(Speaker, asyncio.BufferedProtocol):
             self.refuse(Fault(words.LIMIT, self.refusal, None, request_id))
             self.close_after_reply()
         elif isinstance(request, Fault):
-            repeated = dispatch.repeated(self.board, self, request.request_id, request.op)
+            repeated = find_repeated(self.board, self, request.request_id, request.op)
             self.refuse(repeated or request)
         else:
-            dispatch.handle(self.board, self, request)
+            handle(self.board, self, request)
 
     def _is_halted(self) -> bool:
-        if self._closing or self.ended or self.sealed or self._deferred:
+        if self._closing or self.ended or self.sealed or self.deferred:
             return True
         unsent_bytes = self.outbox.unsent_bytes
         return unsent_bytes > 0 and unsent_bytes > self.bound_bytes
@@ -339,7 +351,7 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         self._closing = True
         # The core answers those who wait before it forgets the connection.
         self._leave()
-        self.flushed()
+        self._flushed()
 
     def _leave(self) -> None:
         if self.arrived:

@@ -26,7 +26,7 @@ from gpuorchd.core.policy import user_names
 from gpuorchd.server import replies
 from gpuorchd.server import requests as asked
 from gpuorchd.server.faults import ALLOWED, Fault, missing_id, repeated_id, show
-from gpuorchd.server.requests import ADMIN_KINDS, BY_OP, AnyRequest, ask_of
+from gpuorchd.server.requests import BY_OP, AnyRequest, ask_of
 from gpuorchd.server.services import PeerNotTaken
 from gpuorchd.server.speaker import LATE_OP
 from gpuorchd.server.subscriptions import Subscription, wanted_by
@@ -44,44 +44,45 @@ USER_NAMES_MAX: Final = 256
 
 def handle(board: Switchboard, conn: Connection, request: AnyRequest) -> None:
     """Answer a request, or see to it that it will be answered. Does not raise."""
-    kind = type(request)
-    conn.op, handler = HANDLERS[kind]
+    op, handler, for_admins = HANDLERS[type(request)]
+    conn.op = op
     request_id = request.id
+    state = board.state
     if request_id is None:
         if not conn.is_text:
-            conn.refuse(missing_id(conn.op))
+            conn.refuse(missing_id(op))
             return
     elif conn.arrived:
-        client = board.engine.state.clients.get(conn.number)
+        client = state.clients.get(conn.number)
         if client is not None and request_id in client.requests:
-            conn.refuse(repeated_id(request_id, conn.op))
+            conn.refuse(repeated_id(request_id, op))
             return
-    if board.engine.state.stopping:
+    if state.stopping:
         message = "the daemon stops; ask again when it is back"
-        conn.refuse(Fault(words.SHUTTING_DOWN, message, None, request_id, conn.op))
-    elif kind in ADMIN_KINDS and not conn.is_admin():
+        conn.refuse(Fault(words.SHUTTING_DOWN, message, None, request_id, op))
+    elif for_admins and not conn.is_admin():
         message = (
-            f"{conn.op} is for root, the daemon's own user and the admin group; this peer is uid "
+            f"{op} is for root, the daemon's own user and the admin group; this peer is uid "
             f"{conn.credentials.uid}"
         )
-        conn.refuse(Fault(words.FORBIDDEN, message, "op", request_id, conn.op))
+        conn.refuse(Fault(words.FORBIDDEN, message, "op", request_id, op))
     else:
         try:
             handler(board, conn, request)
         except PeerNotTaken as error:
-            conn.refuse(Fault(error.code, str(error), None, request_id, conn.op))
+            conn.refuse(Fault(error.code, str(error), None, request_id, op))
         except Exception as error:  # a bug, wherever it is: no peer can bring one about
             board.bug(conn, request_id, error)
-    if not conn.is_deferred:
+    if not conn.deferred:
         conn.op = LATE_OP
 
 
-def repeated(
+def find_repeated(
     board: Switchboard, conn: Connection, request_id: RequestId, op: str | None
 ) -> Fault | None:
     """Refuse an id that is in use on its connection."""
     if request_id is not None and conn.arrived:
-        client = board.engine.state.clients.get(conn.number)
+        client = board.state.clients.get(conn.number)
         if client is not None and request_id in client.requests:
             return repeated_id(request_id, op)
     return None
@@ -158,7 +159,7 @@ def _policy_set(board: Switchboard, conn: Connection, request: asked.PolicySet) 
 
 
 def _hello(board: Switchboard, conn: Connection, request: asked.Hello) -> None:
-    state = board.engine.state
+    state = board.state
     fields: dict[str, object] = {
         "protocol": words.PROTOCOL,
         "version": board.options.version,
@@ -170,7 +171,7 @@ def _hello(board: Switchboard, conn: Connection, request: asked.Hello) -> None:
 
 
 def _health(board: Switchboard, conn: Connection, request: asked.Health) -> None:
-    conn.reply(request.id, views.health(board.engine.state))
+    conn.reply(request.id, views.health(board.state))
 
 
 def _ready(board: Switchboard, conn: Connection, request: asked.Ready) -> None:
@@ -180,16 +181,16 @@ def _ready(board: Switchboard, conn: Connection, request: asked.Ready) -> None:
 def _gpu_info(board: Switchboard, conn: Connection, request: asked.GpuInfo) -> None:
     services = board.services
     status = services.device_status()
-    view = views.gpu_info(board.engine.state, services.telemetry(), status, board.moment())
+    view = views.gpu_info(board.state, services.telemetry(), status, board.moment())
     conn.reply(request.id, view)
 
 
 def _policy_get(board: Switchboard, conn: Connection, request: asked.PolicyGet) -> None:
-    conn.reply(request.id, views.policy_get(board.engine.state))
+    conn.reply(request.id, views.policy_get(board.state))
 
 
 def _allocations(board: Switchboard, conn: Connection, request: asked.Allocations) -> None:
-    state = board.engine.state
+    state = board.state
     try:
         view = views.allocations(state, board.moment(), request.after, request.limit, conn.number)
     except views.BadCursor:
@@ -199,7 +200,7 @@ def _allocations(board: Switchboard, conn: Connection, request: asked.Allocation
 
 
 def _queue(board: Switchboard, conn: Connection, request: asked.Queue) -> None:
-    state = board.engine.state
+    state = board.state
     try:
         view = views.queue(state, board.moment(), request.after, request.limit, conn.number)
     except views.BadCursor:
@@ -234,7 +235,7 @@ def _whoami(board: Switchboard, conn: Connection, request: asked.Whoami) -> None
         "uid": conn.credentials.uid,
         "gid": conn.credentials.gid,
         "admin": conn.is_admin(),
-        "leases": views.leases_of(board.engine.state, conn.number),
+        "leases": views.leases_of(board.state, conn.number),
     }
     conn.reply(request.id, fields)
 
@@ -299,5 +300,8 @@ _BY_OP: Final[Mapping[str, Handler]] = {
     "revoke": _revoke,
 }
 
-# By the request's type, which is what a decoder gives: the op's name and its handler.
-HANDLERS: Final = {BY_OP[op]: (op, handler) for op, handler in _BY_OP.items()}
+# By the request's type, which is what a decoder gives: the op's name, its handler, and whether it
+# is for admins only.
+HANDLERS: Final = {
+    BY_OP[op]: (op, handler, op in words.ADMIN_OPS) for op, handler in _BY_OP.items()
+}

@@ -21,6 +21,8 @@ from libclient.wire.framing import WHOLE_FRAME_BYTES
 # goes in the next turn of the loop, after everyone else.
 FLUSH_BYTES: Final = 262_144
 
+_write = os.write
+
 
 class Unsent:
     """Bytes that kernels have refused so far, over all connections."""
@@ -71,11 +73,23 @@ class Outbox:
         if self.blocked:
             self._count()
 
-    def flush(self) -> None:
-        """Send what the kernel takes. Never blocks and never raises for what a peer did."""
+    def flush(self) -> bool:
+        """Send what the kernel takes; say if that was everything.
+
+        Never blocks and never raises for what a peer did.
+        """
         chunks = self._chunks
         budget = FLUSH_BYTES
         try:
+            if len(chunks) == 1 and not self._sent:
+                # Nearly always: one reply, taken whole.
+                taken = _write(self._fd, chunks[0])
+                if taken == self.unsent_bytes and not self._counted:
+                    chunks.clear()
+                    self.unsent_bytes = 0
+                    return True
+                budget -= taken
+                self._forget(taken)
             while chunks and budget > 0:
                 if self._sent:
                     data: bytes | memoryview = memoryview(chunks[0])[self._sent :]
@@ -83,7 +97,7 @@ class Outbox:
                     data = chunks[0]
                 else:
                     data = self._merged()
-                taken = os.write(self._fd, data)
+                taken = _write(self._fd, data)
                 budget -= taken
                 self._forget(taken)
                 if taken < len(data):
@@ -94,10 +108,11 @@ class Outbox:
             # The peer is gone. Its end reaches the connection by the usual way.
             self.drop()
             self.broken = True
-            return
+            return False
         self.blocked = bool(chunks)
         if self.blocked or self._counted:
             self._count()
+        return not self.blocked
 
     def drop(self) -> None:
         """Forget everything unsent."""

@@ -113,12 +113,12 @@ def answer(
 ) -> dict[str, object]:
     """Show the core's answer; points of its clock become unix seconds."""
     message: dict[str, object] = {"id": request_id, "ok": True}
-    for name, value in fields.items():
+    message.update(fields)
+    for name in fields:
         if name.endswith(AT_NS):
-            at_s = moment().unix_s(value) if isinstance(value, int) else None
+            at_ns = message.pop(name)
+            at_s = moment().unix_s(at_ns) if isinstance(at_ns, int) else None
             message[name.removesuffix("_ns")] = at_s
-        else:
-            message[name] = value
     return message
 
 

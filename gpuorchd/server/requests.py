@@ -261,7 +261,6 @@ AnyRequest = (
 BY_OP: Final[dict[str, type[Request]]] = {
     str(kind.__struct_config__.tag): kind for kind in AnyRequest.__args__
 }
-ADMIN_KINDS: Final = frozenset(BY_OP[op] for op in words.ADMIN_OPS)
 
 frame_decoder: Final[msgspec.msgpack.Decoder[AnyRequest]] = msgspec.msgpack.Decoder(AnyRequest)
 text_decoder: Final[msgspec.json.Decoder[AnyRequest]] = msgspec.json.Decoder(AnyRequest)

@@ -1,7 +1,7 @@
 """The outgoing half of a connection: replies, errors and events, in the form of its mode.
 
 Everything that is said goes through `send` into the outbox and leaves at the end of the turn.
-Nothing is said any more once a reply that ends the connection is in the outbox (`mute`), or after
+Nothing is said any more once a reply that ends the connection is in the outbox, or after
 the answer to `seal`. How much may be unsent, for this connection and over all, is judged here.
 """
 
@@ -39,7 +39,6 @@ class Speaker:
         "number",
         "op",
         "outbox",
-        "sealed",
         "subscriptions",
         "unasked",
     )
@@ -57,8 +56,8 @@ class Speaker:
         self.encode: Callable[[Any], bytes] = replies.encode_frame
         # Set while there is something to be flushed at the end of the turn.
         self.in_dirty = False
+        # Nothing is put any more: the last thing to say is in the outbox, or it is all over.
         self.muted = False
-        self.sealed = False
 
     @property
     def unsent_bytes(self) -> int:
@@ -80,7 +79,7 @@ class Speaker:
 
     def send(self, data: bytes) -> None:
         """Send a frame or line at the end of this turn."""
-        if self.muted or self.sealed:
+        if self.muted:
             return
         self.outbox.put(data)
         if not self.in_dirty:
@@ -127,8 +126,8 @@ class Speaker:
             self.unasked = Unasked(self)
         self.unasked.tell(name, fields)
 
-    def flushed(self) -> None:
-        """See to what the kernel did not take. Called after every flush."""
+    def flush(self) -> None:
+        """Send what was put, as far as the kernel takes it."""
         raise NotImplementedError
 
     def close_after_reply(self) -> None:

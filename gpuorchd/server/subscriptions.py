@@ -90,6 +90,8 @@ class Subscriptions:
         self._round: OrderedDict[Subscription, None] = OrderedDict()
         # Visits that are left until every subscription has been visited since the last event.
         self._due = 0
+        # Whether there is any subscription at all.
+        self.any = False
         self._pump: asyncio.Handle | None = None
 
     def add(self, listener: Listener, number: int, wanted: frozenset[int]) -> Subscription:
@@ -100,6 +102,7 @@ class Subscriptions:
         for index in wanted:
             self._interest[index] += 1
         self._round[subscription] = None
+        self.any = True
         return subscription
 
     def remove(self, subscription: Subscription) -> None:
@@ -111,6 +114,7 @@ class Subscriptions:
         for index in subscription.wanted:
             self._interest[index] -= 1
         if not self._round:
+            self.any = False
             self._log.clear()
             self._log_bytes = 0
             self._first = self._last + 1

@@ -13,8 +13,8 @@ daemon stops.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
+from time import time_ns
 from typing import TYPE_CHECKING, Final
 
 from gpuorchd.core.effects import (
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 # Room for the largest request, so that any one of them can arrive in one read.
 READ_BYTES: Final = 65_540
+GRANTED: Final = ("lease", "granted")
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -59,6 +60,7 @@ class Switchboard:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.engine = engine
+        self.state = engine.state
         self.services = services
         self.options = options
         self.loop = loop
@@ -91,11 +93,11 @@ class Switchboard:
 
     def moment(self) -> Moment:
         """The present, on both clocks."""
-        return Moment(self.engine.now_ns(), time.time_ns())
+        return Moment(self.engine.now_ns(), time_ns())
 
     def unix_s(self) -> float:
         """The present in unix seconds."""
-        return time.time_ns() / NS_PER_S
+        return time_ns() / NS_PER_S
 
     def count(self, op: str, outcome: str) -> None:
         """Count one answered request."""
@@ -105,14 +107,12 @@ class Switchboard:
 
     def flush(self) -> None:
         """Send what connections have put since the last flush."""
-        while self.dirty:
-            dirty, self.dirty = self.dirty, []
-            for connection in dirty:
-                connection.in_dirty = False
-                # One that is blocked is told when it can go on: trying before is a wasted call.
-                if not connection.outbox.blocked:
-                    connection.outbox.flush()
-                    connection.flushed()
+        dirty = self.dirty
+        while dirty:
+            # What a flush brings about may add to the end: nobody is left out, none twice.
+            connection = dirty.pop()
+            connection.in_dirty = False
+            connection.flush()
 
     def submit(self, event: Event) -> None:
         """Hand the engine an event that no request brought about."""
@@ -180,9 +180,10 @@ class Switchboard:
         lease = effect.lease
         connection = self.connections.get(lease.conn)
         if connection is not None:
-            wall_offset_ns = time.time_ns() - self.engine.now_ns()
+            wall_offset_ns = time_ns() - self.engine.now_ns()
             connection.send(connection.encode(replies.grant(lease, wall_offset_ns)))
-        self.count("lease", "granted")
+        counts = self.request_counts
+        counts[GRANTED] = counts.get(GRANTED, 0) + 1
 
     def _deny(self, effect: AnswerDenial) -> None:
         note = effect.denial.note.value
@@ -211,7 +212,7 @@ class Switchboard:
         connection = self.connections.get(effect.conn)
         if connection is None:
             return
-        fields = policy_get(self.engine.state)
+        fields = policy_get(self.state)
         if effect.note is not None:
             fields["note"] = effect.note
         connection.reply(effect.request_id, fields)
@@ -233,7 +234,7 @@ class Switchboard:
                 if effect.owner_fields is not None:
                     fields = {**fields, **effect.owner_fields}
                 connection.tell(effect.name, fields)
-        if not effect.private:
+        if self.subscriptions.any and not effect.private:
             self.subscriptions.publish(effect.name, effect.fields)
 
     def _signal_peer(self, effect: SignalPeer) -> None:

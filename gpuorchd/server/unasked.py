@@ -57,7 +57,7 @@ class Unasked:
             self._put(EVENTS_LOST, {"count": lost})
         if self._places:
             places, self._places = self._places, {}
-            client = self._speaker.board.engine.state.clients.get(self._speaker.number)
+            client = self._speaker.board.state.clients.get(self._speaker.number)
             for request_id, fields in places.items():
                 if client is not None and isinstance(client.requests.get(request_id), Waiter):
                     self._put(QUEUED, fields)
