@@ -83,7 +83,7 @@ def test_no_fields_raise_and_both_modes_agree(
 
 def test_every_op_of_the_contract_has_a_request_and_a_handler() -> None:
     assert set(BY_OP) == {*words.OPEN_OPS, *words.ADMIN_OPS}
-    assert {op for op, _ in HANDLERS.values()} == set(BY_OP)
+    assert {op for op, _, _ in HANDLERS.values()} == set(BY_OP)
     assert set(HANDLERS) == set(BY_OP.values())
 
 
