@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from libclient.sizes import parse_memory
-from libclient.wire.vocabulary import AGENT_CHARS, DEVICES_MAX, GPUS_MAX, PRIORITIES, WAIT_S_MAX
+from libclient.wire.vocabulary import (
+    AGENT_CHARS,
+    DEVICES_MAX,
+    GPUS_MAX,
+    MEMORY_MB_MAX,
+    PRIORITIES,
+    WAIT_S_MAX,
+)
 
 
 class LeaseOptions(TypedDict, total=False):
@@ -56,7 +63,8 @@ def lease_fields(
         raise ValueError(f"agent {agent!r} is not 1 to {AGENT_CHARS} printable characters")
     fields: dict[str, Any] = {"agent": agent}
     if memory is not None:
-        fields["min_memory_mb"] = parse_memory(memory)
+        small = type(memory) is int and 0 <= memory <= MEMORY_MB_MAX
+        fields["min_memory_mb"] = memory if small else parse_memory(memory)
     if gpus != 1:
         if type(gpus) is not int or not 0 < gpus <= GPUS_MAX:
             raise ValueError(f"gpus {gpus!r} is not a number from 1 to {GPUS_MAX}")

@@ -7,6 +7,7 @@ for everything an operation does, plus the `wait_s` that a caller asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from sys import modules
 from time import monotonic
 from types import TracebackType
 from typing import Any, Unpack
@@ -14,7 +15,7 @@ from typing import Any, Unpack
 from libclient import operations
 from libclient.asking import LeaseOptions, lease_fields
 from libclient.decision import Decision, Event, EventHandler
-from libclient.errors import ForkedClient, NotGranted, RequestError, Unavailable
+from libclient.errors import NotGranted, RequestError, Unavailable
 from libclient.exchange import Exchange
 from libclient.framework import empty_cache
 from libclient.operations import ANSWER_S
@@ -47,14 +48,12 @@ class Lease(Decision):
         client = self._client
         if client is None:
             return
-        if client.forked:
-            raise ForkedClient
         try:
             if self.granted and self.ended is None:
-                empty_cache()
-                client.exchange.run(
-                    operations.release(client.exchange.session, self), monotonic() + ANSWER_S
-                )
+                if "torch" in modules:
+                    empty_cache()
+                exchange = client.exchange
+                exchange.run(operations.release(exchange.session, self), monotonic() + ANSWER_S)
         finally:
             if self._owned:
                 client.close()

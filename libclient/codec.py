@@ -1,7 +1,6 @@
-"""Messages as bytes: one msgpack map in one frame.
+"""Messages as bytes: one msgpack map each.
 
-Owns the choice of the msgpack implementation and the limits on what goes out. What comes in is
-checked for its form alone; its meaning is the session's business.
+Owns the choice of the msgpack implementation. What a message means is the session's business.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
-
-from libclient.wire.framing import HEADER, MAX_REQUEST_BYTES
 
 if not msgpack.Packer.__module__.endswith("_cmsgpack"):
     # Said once, because the module is imported once.
@@ -25,22 +22,15 @@ if not msgpack.Packer.__module__.endswith("_cmsgpack"):
 # What msgpack raises for bytes that are not a message: all of it is the peer's fault.
 MALFORMED = (ValueError, TypeError, OverflowError, RecursionError)
 
-_header = HEADER.pack
+Encoder = Callable[[Mapping[str, object]], bytes]
+
 decode: Callable[[bytes], Any] = msgpack.unpackb
 
 
-def encoder() -> Callable[[Mapping[str, object]], bytes]:
-    """Return a function from a message to its frame. It is not safe for several threads at once.
+def encoder() -> Encoder:
+    """Return a function from a message to its payload, for one thread at a time.
 
-    The function raises ValueError or TypeError for a message that cannot be put into a frame.
+    It raises ValueError, TypeError or OverflowError for what msgpack cannot hold.
     """
-    pack: Callable[[Mapping[str, object]], bytes] = msgpack.Packer().pack
-
-    def encode(message: Mapping[str, object]) -> bytes:
-        payload = pack(message)
-        length = len(payload)
-        if length > MAX_REQUEST_BYTES:
-            raise ValueError(f"the request has {length} bytes, at most {MAX_REQUEST_BYTES} allowed")
-        return _header(length) + payload
-
-    return encode
+    pack: Encoder = msgpack.Packer().pack
+    return pack

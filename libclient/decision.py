@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from libclient.messages import Malformed, check_grant, reasons_in_words
+from libclient.messages import Malformed, reasons_in_words
 
 Event = dict[str, Any]
 EventHandler = Callable[[Event], None]
@@ -98,25 +98,42 @@ class Decision:
         """Whether the lease is held now, as far as this process has heard."""
         return self.granted and self.ended is None
 
-    def settle(self, reply: dict[str, Any], now_s: float) -> None:
-        """Take the daemon's answer. Raises `Malformed`, and changes nothing, if it is not one."""
+    def settle(self, reply: dict[str, Any], now_s: float) -> str | None:
+        """Take the daemon's answer; return the lease's id, None where there is no lease.
+
+        Raises `Malformed`, and changes nothing, if it is no answer.
+        """
         if reply.get("granted") is not True:
             note = reply.get("note")
             if reply.get("granted") is not False or type(note) is not str:
                 raise Malformed("a lease reply is neither a grant nor a refusal")
             self._reply = reply
             self.refuse(note, reasons_in_words(reply))
-            return
+            return None
         lease_id, token = reply.get("lease_id"), reply.get("token")
+        gpus, env = reply.get("gpus"), reply.get("env")
         if type(lease_id) is not str or type(token) is not str:
             raise Malformed("a grant has no lease_id or no token")
-        check_grant(reply)
+        if type(gpus) is not list or not gpus or type(env) is not dict:
+            raise Malformed("a grant names no GPUs or no env")
+        for gpu in gpus:
+            if (
+                type(gpu) is not dict
+                or type(gpu.get("memory_mb")) is not int
+                or type(gpu.get("uuid")) is not str
+                or type(gpu.get("index")) is not int
+            ):
+                raise Malformed("a grant names a GPU without its index, uuid or memory_mb")
+        for value in env.values():
+            if type(value) is not str:
+                raise Malformed("a grant's env holds something other than strings")
         if reply.get("expires_at") is not None:
             self._set_ttl(reply, now_s)
         self._reply = reply
         self.lease_id = lease_id
         self.token = token
         self.granted = True
+        return lease_id
 
     def _set_ttl(self, reply: dict[str, Any], now_s: float) -> None:
         expires_at, timestamp = reply["expires_at"], reply.get("timestamp")
@@ -139,6 +156,11 @@ class Decision:
             self.renew_at = now_s + self.ttl_s / 3
         else:
             self.expires_at = self.renew_at = None
+
+    def not_renewed(self, now_s: float) -> None:
+        """Try again soon: the daemon could not renew it, and did not say that it is over."""
+        self.renewing = False
+        self.renew_at = now_s + self.ttl_s / 10
 
     def __repr__(self) -> str:
         """Say all but the token: it is a secret, and this ends up in logs."""

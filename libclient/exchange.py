@@ -20,7 +20,7 @@ from time import monotonic
 from typing import TypeVar
 
 from libclient.decision import Decision
-from libclient.drive_sync import Link
+from libclient.drive_sync import NOW, READ_BYTES, Link
 from libclient.errors import TIMEOUT, ForkedClient, Unavailable
 from libclient.keeper import KEEPER
 from libclient.operations import ANSWER_S, Operation
@@ -43,14 +43,17 @@ class Exchange:
         self.forked = False
         # The connection is over; the descriptor goes as soon as nobody leads.
         self.closed = False
-        self._lock = Lock()
+        self._lock: Lock | _ParentsLock = Lock()
         self._leader: Ticket | None = None
         self._followers: list[Ticket] = []
-        # How the keeper is told to watch this connection, or not to; None until it first has to.
-        self._watch: Callable[[], None] | None = None
-        self._unwatch: Callable[[], None] | None = None
+        # How the keeper is told to watch this connection for one event, or not to.
+        self._arm: Callable[[], None] = _nothing
+        self._disarm: Callable[[], None] = _nothing
+        self._adopted = False
         self._watched = False
         self._link = Link(path, deadline_s)
+        self._recv = self._link.recv
+        self._send = self._link.send
         _OPEN.add(self)
 
     def fileno(self) -> int:
@@ -69,34 +72,42 @@ class Exchange:
         """
         ticket: Ticket | None = None
         session = self.session
-        self._enter()
+        lock = self._lock
+        if not lock.acquire(True, ANSWER_S):
+            raise _interrupted()
         try:
             try:
                 ticket = operation.send(None)
                 if self._leader is None and not ticket.done:
                     self._leader = ticket
-                    if self._watched and self._unwatch is not None:
+                    if self._watched:
                         self._watched = False
-                        self._unwatch()
+                        self._disarm()
                 if session.outgoing:
                     self._flush()
             finally:
-                self._lock.release()
+                lock.release()
             if session.outgoing:
                 self._send_rest(deadline_s)
             done = ticket.done
             while not done:
-                if self._leader is not ticket:
-                    self._follow(ticket, deadline_s)
-                    done = ticket.done
-                elif (data := self._link.receive()) is None:
-                    self._link.wait(deadline_s)
-                else:
-                    with self._lock:
-                        self._take_in(data)
+                if self._leader is ticket:
+                    try:
+                        data = self._recv(READ_BYTES)
+                    except BlockingIOError:
+                        self._link.wait(deadline_s)
+                        continue
+                    except OSError:
+                        data = b""
+                    with lock:
+                        if session.feed(data, monotonic()):
+                            self._follow_up()
                         done = ticket.done
                         if done:
                             self._pass_on()
+                else:
+                    self._follow(ticket, deadline_s)
+                    done = ticket.done
             operation.send(None)
         except StopIteration as end:
             value: T = end.value
@@ -106,34 +117,16 @@ class Exchange:
             return self._give_up(operation, ticket, fault)
         raise AssertionError("an operation has one step")
 
-    def _enter(self) -> None:
-        """Take the lock. Raises ForkedClient in a child, Unavailable where it cannot be had."""
-        if not self._lock.acquire(timeout=ANSWER_S):
-            # Nobody holds it that long, but who was interrupted while holding it: a signal handler
-            # that uses the client must not hang for that.
-            raise Unavailable(
-                "the client was interrupted at work, and cannot be used here", TIMEOUT
-            )
-        if self.forked:
-            self._lock.release()
-            raise ForkedClient
-
-    def _take_in(self, data: bytes) -> None:
-        """Feed what was read, and do what follows from it. Called with the lock."""
+    def _follow_up(self) -> None:
+        """Do what follows from what was taken in, besides answers. Called with the lock."""
         session = self.session
-        session.feed(data, monotonic())
-        if session.outgoing:
+        if session.outgoing and not self.closed:
             self._flush()
         if session.renew_at is not None:
             # Here, and not only when all have left: a thread may stay for as long as it waits.
-            self._adopted()
+            if not self._adopted:
+                self._adopt()
             KEEPER.expect(session.renew_at)
-        if session.notices or session.ended is not None:
-            self._follow_up()
-
-    def _follow_up(self) -> None:
-        """Have handlers called, and an ended session's connection closed. Called with the lock."""
-        session = self.session
         if session.notices:
             KEEPER.call(session.notices)
             session.notices = []
@@ -149,24 +142,19 @@ class Exchange:
                     follower.wake()
                 return
         self._leader = None
+        session = self.session
         if self.closed:
             self._link.close()
-        else:
-            self._keep()
+        elif session.leases or session.late or session.subscriptions or session.outgoing:
+            if not self._adopted:
+                self._adopt()
+            self._watched = True
+            self._arm()
 
-    def _keep(self) -> None:
-        """Let the keeper watch, where something is to be expected. Called with the lock."""
-        session = self.session
-        if not (session.leases or session.expects_input) or self.closed:
-            return
-        self._watched = True
-        self._adopted()()
-
-    def _adopted(self) -> Callable[[], None]:
-        """Have the keeper know this connection; return how to arm it. Called with the lock."""
-        if self._watch is None:
-            self._watch, self._unwatch = KEEPER.adopt(self, self.fileno())
-        return self._watch
+    def _adopt(self) -> None:
+        """Have the keeper know this connection. Called with the lock."""
+        self._adopted = True
+        self._arm, self._disarm = KEEPER.adopt(self, self.fileno())
 
     def _follow(self, ticket: Ticket, deadline_s: float) -> None:
         """Wait until the answer is here, or the lead."""
@@ -205,13 +193,9 @@ class Exchange:
                 return value
             finally:
                 if not self.forked:
-                    if self.session.outgoing:
-                        self._flush()
                     self._follow_up()
-                    if self._leader is ticket:
+                    if self._leader is ticket or self._leader is None:
                         self._pass_on()
-                    elif self._leader is None:
-                        self._keep()
         raise AssertionError("an operation has one step")
 
     def _flush(self) -> None:
@@ -220,19 +204,35 @@ class Exchange:
         outgoing = session.outgoing
         # Interrupted from here on, nobody could say what has been sent.
         session.torn = True
-        sent = self._link.send(outgoing)
-        if sent >= 0:
-            session.outgoing = b"" if sent == len(outgoing) else outgoing[sent:]
+        try:
+            sent = self._send(outgoing, NOW)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
             session.torn = False
+            self._on_dead()
             return
-        # What the daemon said last may still be there, and says why.
+        session.outgoing = b"" if sent == len(outgoing) else outgoing[sent:]
         session.torn = False
+
+    def _on_dead(self) -> None:
+        """The connection takes nothing any more. Called with the lock."""
+        session = self.session
         session.outgoing = b""
-        if self._leader is None:
-            while data := self._link.receive_now():
-                session.feed(data, monotonic())
+        # What the daemon said last may still be there, and says why.
+        while self._leader is None and (data := self._read_now()):
+            session.feed(data, monotonic())
         session.end("the daemon closed the connection")
         self._follow_up()
+
+    def _read_now(self) -> bytes | None:
+        """Return what is there, None where nothing is, no bytes at the end of input."""
+        try:
+            return self._recv(READ_BYTES, NOW)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
 
     def _send_rest(self, deadline_s: float) -> None:
         """Wait until all is sent, the requests of other threads included."""
@@ -250,10 +250,10 @@ class Exchange:
             if self._leader is not None or self.closed or not self._watched:
                 return
             self._watched = False
-            data = self._link.receive_now()
-            if data is not None:
-                self._take_in(data)
-            self._keep()
+            data = self._read_now()
+            if data is not None and self.session.feed(data, monotonic()):
+                self._follow_up()
+            self._pass_on()
 
     def renew_due(self, now_s: float) -> float | None:
         """Renew the leases whose time has come; return when the next is due."""
@@ -276,7 +276,8 @@ class Exchange:
         """
         if self.closed:
             return
-        self._enter()
+        if not self._lock.acquire(True, ANSWER_S):
+            raise _interrupted()
         try:
             self.session.close()
             self._shut()
@@ -288,9 +289,9 @@ class Exchange:
         if self.closed:
             return
         self.closed = True
-        if self._watch is not None:
+        if self._adopted:
             KEEPER.disown(self.fileno())
-            self._watch = self._unwatch = None
+            self._arm = self._disarm = _nothing
             self._watched = False
         if self._leader is None:
             self._link.close()
@@ -300,11 +301,35 @@ class Exchange:
     def leave_in_child(self) -> None:
         """In a forked child: close this copy of the descriptor, and touch nothing else."""
         self.forked = self.closed = True
-        self._lock = Lock()
-        self._leader = None
-        self._followers = []
-        self._watch = self._unwatch = None
+        self._lock = _ParentsLock()
         self._link.close()
+
+
+class _ParentsLock:
+    """What stands for the lock in a forked child: whoever wants in is told."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Raise ForkedClient."""
+        raise ForkedClient
+
+    def release(self) -> None:
+        """Nobody has it."""
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *fault: object) -> None:
+        """Nobody gets here."""
+
+
+def _nothing() -> None:
+    """Tell no keeper: it does not know the connection."""
+
+
+def _interrupted() -> Unavailable:
+    # Nobody holds the lock that long but one who was interrupted while holding it: a signal handler
+    # that uses the client must not hang for that.
+    return Unavailable("the client was interrupted at work, and cannot be used here", TIMEOUT)
 
 
 def _opener(gate: Lock) -> Callable[[], None]:

@@ -59,23 +59,6 @@ def number_of(value: object) -> int:
     return value if type(value) is int else 0
 
 
-def check_grant(reply: dict[str, Any]) -> None:
-    """Raise unless it names its GPUs, and an environment that can be set."""
-    gpus, env = reply.get("gpus"), reply.get("env")
-    if type(gpus) is not list or not gpus:
-        raise Malformed("a grant names no GPUs")
-    for gpu in gpus:
-        if type(gpu) is not dict or type(gpu.get("memory_mb")) is not int:
-            raise Malformed("a grant names a GPU without its memory_mb")
-        if type(gpu.get("uuid")) is not str or type(gpu.get("index")) is not int:
-            raise Malformed("a grant names a GPU without its uuid or index")
-    if type(env) is not dict:
-        raise Malformed("a grant has no env")
-    for value in env.values():
-        if type(value) is not str:
-            raise Malformed("a grant's env holds something other than strings")
-
-
 def reasons_in_words(reply: dict[str, Any]) -> str:
     """Return why each GPU did not serve a request, in one line."""
     said = []

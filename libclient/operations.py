@@ -55,7 +55,15 @@ def lease(
     daemon or the host did.
     """
     try:
-        yield from _answer(session, session.ask("lease", fields, decision))
+        ticket = session.ask("lease", fields, decision)
+        try:
+            yield ticket
+            if not ticket.ok:
+                ticket.result()
+        except BaseException:
+            # As in `_answer`; written out, because this is the path of every lease.
+            session.abandon(ticket)
+            raise
     except Unavailable as fault:
         decision.refuse(fault.reason, fault.detail)
     except RequestError as fault:
@@ -77,8 +85,14 @@ def release(session: Session, decision: Decision) -> Operation[None]:
     if not session.drop(decision):
         return
     try:
-        yield from _answer(session, session.ask("release", {"token": decision.token}))
-    except (Unavailable, RequestError):
+        ticket = session.ask("release", {"token": decision.token})
+        try:
+            yield ticket
+        except BaseException:
+            # The same again.
+            session.abandon(ticket)
+            raise
+    except Unavailable:
         return
 
 
@@ -99,7 +113,7 @@ def next_event(session: Session, subscription: Subscription) -> Operation[Event]
             raise Unavailable("the subscription was ended", CLOSED)
         if subscription.waiting is not None:
             raise ValueError("another thread or task is waiting for this subscription's next event")
-        ticket = subscription.waiting = Ticket(0, "event")
+        ticket = subscription.waiting = Ticket()
         try:
             yield ticket
         except BaseException:

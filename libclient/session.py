@@ -35,11 +35,12 @@ from libclient.wire.framing import (
     HEADER,
     HEADER_BYTES,
     MAX_REPLY_BYTES,
+    MAX_REQUEST_BYTES,
     EmptyFrame,
     FrameSplitter,
     FrameTooLarge,
 )
-from libclient.wire.vocabulary import EVENTS_LOST
+from libclient.wire.vocabulary import EVENTS_LOST, UNKNOWN_REQUEST, UNKNOWN_TOKEN
 
 # What a session says by itself, beside the events of the wire: the connection is gone.
 CONNECTION_LOST = "connection.lost"
@@ -91,10 +92,15 @@ class Session:
         if self.ended is not None:
             raise Unavailable(self.ended.detail, self.ended.reason)
         request_id = self._last_id + 1
-        frame = self._encode({"id": request_id, "op": op, **fields})
+        payload = self._encode({"id": request_id, "op": op, **fields})
+        if len(payload) > MAX_REQUEST_BYTES:
+            raise ValueError(f"a request of {len(payload)} bytes, at most {MAX_REQUEST_BYTES}")
         self._last_id = request_id
-        self.outgoing += frame
-        ticket = self.pending[request_id] = Ticket(request_id, op, target)
+        self.outgoing += HEADER.pack(len(payload)) + payload
+        ticket = self.pending[request_id] = Ticket()
+        ticket.request_id = request_id
+        ticket.op = op
+        ticket.target = target
         return ticket
 
     def abandon(self, ticket: Ticket) -> None:
@@ -118,7 +124,8 @@ class Session:
         self.late += 1
         if ticket.op == "lease":
             # Answered `unknown_request` where it does not wait: then its answer is on its way.
-            self._ask_quietly("cancel", {"request_id": ticket.request_id})
+            cancel = self._ask_quietly("cancel", {"request_id": ticket.request_id})
+            cancel.cancels = ticket.request_id
 
     def mend(self) -> None:
         """End the conversation if input or output was interrupted half-way.
@@ -156,17 +163,19 @@ class Session:
 
     def _ask_quietly(
         self, op: str, fields: Mapping[str, object], target: Decision | None = None
-    ) -> None:
+    ) -> Ticket:
         """Ask on nobody's behalf: the answer is dealt with here."""
         if self.ended is not None:
-            return
-        self.ask(op, fields, target).abandoned = True
+            return Ticket()
+        ticket = self.ask(op, fields, target)
+        ticket.abandoned = True
         self.late += 1
+        return ticket
 
     def _undo(self, ticket: Ticket) -> None:
         """Give back what an answer brought to a caller who is gone."""
         reply, target = ticket.reply, ticket.target
-        if reply["ok"] is not True:
+        if not ticket.ok:
             return
         if ticket.op == "lease" and reply.get("granted") is True:
             if isinstance(target, Decision):
@@ -187,17 +196,18 @@ class Session:
 
     # -- what comes in
 
-    def feed(self, data: bytes, now_s: float) -> None:
+    def feed(self, data: bytes, now_s: float) -> bool:
         """Take bytes as they came; no bytes are the end of input. `now_s` is a monotonic clock's.
 
-        Never raises for what the peer sent: it ends the session instead.
+        Returns whether the driver has anything to do besides: send, call, renew, close. Never
+        raises for what the peer sent: it ends the session instead.
         """
         if not data:
             self.end("the daemon closed the connection")
-            return
+            return True
         if self.ended is not None:
             # Sealed: read and thrown away. Over: nobody asked.
-            return
+            return True
         self.torn = True
         try:
             size = len(data) - HEADER_BYTES
@@ -215,6 +225,7 @@ class Session:
         except EmptyFrame:
             self.end("garbage from the daemon: a frame of no bytes", GARBAGE)
         self.torn = False
+        return bool(self.outgoing or self.notices or self.renew_at) or self.ended is not None
 
     def end(self, detail: str, reason: str = NO_DAEMON) -> None:
         """Nothing more comes. Every request fails, every lease of this connection is over."""
@@ -230,6 +241,7 @@ class Session:
         self.subscriptions.clear()
         for ticket in waiting:
             ticket.failure = self.ended
+            ticket.ok = False
             ticket.finish()
         for lease in list(self.leases.values()):
             lost = {"event": CONNECTION_LOST, "lease_id": lease.lease_id, "reason": reason}
@@ -258,57 +270,47 @@ class Session:
         if ok is not True:
             check_error(message)
         request_id = message.get("id")
-        ticket = self.pending.pop(request_id, None) if type(request_id) is int else None
+        ticket = self.pending.get(request_id) if type(request_id) is int else None
         if ticket is None:
             raise Malformed(f"an answer to nothing that was asked: {gist_of(message)}")
+        # What follows in the same read may already be about what this brought, so it is kept now.
+        # A reply that breaks the contract leaves its request pending: it fails with all others.
         ticket.reply = message
+        ticket.ok = ok is True
+        target = ticket.target
         if ticket.abandoned:
             self._on_late_reply(ticket, now_s)
-            return
-        if ok is True and ticket.target is not None:
-            self._on_target(ticket, ticket.target, now_s)
-        elif ticket.op == "seal" and ok is True:
+        elif target is not None and ok is True:
+            if isinstance(target, Subscription):
+                self.subscriptions[target.settle(message)] = target
+            elif (lease_id := target.settle(message, now_s)) is not None:
+                self.leases[lease_id] = target
+                if target.renew_at is not None:
+                    self._plan_renewals()
+        elif ok is True and ticket.op == "seal":
             self._on_sealed()
+        self.pending.pop(ticket.request_id, None)
         ticket.done = True
         if ticket.wake is not None:
             ticket.wake()
 
-    def _on_target(self, ticket: Ticket, target: Decision | Subscription, now_s: float) -> None:
-        """Keep what an answer brought before anything that follows it is read."""
-        reply = ticket.reply
-        if isinstance(target, Decision):
-            try:
-                target.settle(reply, now_s)
-            except Malformed as fault:
-                # The caller must hear of it as well.
-                ticket.failure = Unavailable(f"garbage from the daemon: {fault}", GARBAGE)
-                ticket.finish()
-                raise
-            if target.lease_id is not None:
-                self.leases[target.lease_id] = target
-                if target.renew_at is not None:
-                    self._plan_renewals()
-            return
-        number = reply.get("subscription")
-        if type(number) is int:
-            target.number = number
-            self.subscriptions[number] = target
-            return
-        ticket.failure = Unavailable("garbage from the daemon: a nameless subscription", GARBAGE)
-        ticket.finish()
-        raise Malformed("a nameless subscription")
-
     def _on_late_reply(self, ticket: Ticket, now_s: float) -> None:
         self.late -= 1
-        lease = ticket.target
-        if ticket.op == "renew" and isinstance(lease, Decision):
-            if ticket.reply["ok"]:
-                lease.renewed(ticket.reply.get("expires_at"), now_s)
-                self._plan_renewals()
+        code = None if ticket.ok else ticket.reply["error"]["code"]
+        if isinstance(ticket.target, Decision) and ticket.op == "renew":
+            if ticket.ok:
+                ticket.target.renewed(ticket.reply.get("expires_at"), now_s)
+            elif code == UNKNOWN_TOKEN:
+                self._lose(ticket.target, "expired")
             else:
-                self._lose(lease, f"not renewed: {ticket.reply['error']['message']}")
-            return
-        self._undo(ticket)
+                ticket.target.not_renewed(now_s)
+            self._plan_renewals()
+        elif code == UNKNOWN_REQUEST and ticket.cancels in self.pending:
+            # It does not wait, so it was answered before this: an interrupt has swallowed that
+            # answer, which may have been a grant.
+            self.end("interrupted while an answer was read", CLOSED)
+        else:
+            self._undo(ticket)
 
     # -- events
 

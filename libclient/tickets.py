@@ -11,6 +11,7 @@ from typing import Any
 
 from libclient.decision import Decision, Event
 from libclient.errors import RequestError, Unavailable
+from libclient.messages import Malformed
 from libclient.wire.vocabulary import EVENTS_LOST
 
 # Events of one subscription that nobody has taken yet: about a megabyte. More are counted and
@@ -26,25 +27,25 @@ class Ticket:
     """
 
     # One is made for every request: what is seldom set costs nothing as a default of the class.
+    request_id = 0
+    op = ""
+    target: Decision | Subscription | None = None
     done = False
+    # Whether the answer is a good one.
+    ok = False
     abandoned = False
+    # Of a `cancel`: the request that it is about.
+    cancels = 0
     failure: Unavailable | None = None
     wake: Callable[[], object] | None = None
     reply: dict[str, Any]
-
-    def __init__(
-        self, request_id: int, op: str, target: Decision | Subscription | None = None
-    ) -> None:
-        self.request_id = request_id
-        self.op = op
-        self.target = target
 
     def result(self) -> dict[str, Any]:
         """Return the reply's map. Raises what went wrong instead, as the caller should see it."""
         if self.failure is not None:
             raise Unavailable(self.failure.detail, self.failure.reason)
         reply = self.reply
-        if reply["ok"] is not True:
+        if not self.ok:
             error = reply["error"]
             raise RequestError(
                 error["code"],
@@ -72,6 +73,14 @@ class Subscription:
         self.events: deque[Event] = deque()
         self.dropped = 0
         self.waiting: Ticket | None = None
+
+    def settle(self, reply: dict[str, Any]) -> int:
+        """Take the daemon's answer; return its number. Raises `Malformed` if there is none."""
+        number = reply.get("subscription")
+        if type(number) is not int:
+            raise Malformed("a subscription without a number")
+        self.number = number
+        return number
 
     def put(self, event: Event) -> None:
         """Take an event in. When full, drop it and count it."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,18 +82,18 @@ def test_a_handler_that_strikes_in_the_middle_of_the_client_is_told(tmp_path: Pa
 
 @pytest.mark.parametrize("sent", [False, True])
 def test_a_request_that_is_interrupted_half_way_is_never_sent_twice(
-    tmp_path: Path, sent: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bool
 ) -> None:
     with FakeDaemon(tmp_path) as daemon, libclient.connect(daemon.path) as client:
-        link = client.exchange._link
-        send = link.send
+        send = client.exchange._send
 
-        def interrupted(data: bytes) -> int:
+        def interrupted(data: Any, flags: int) -> int:
             if sent:
-                send(data)
+                send(data, flags)
             raise KeyboardInterrupt
 
-        link.send = interrupted  # type: ignore[method-assign]  # the moment cannot be met from outside
+        # The moment cannot be met from outside.
+        monkeypatch.setattr(client.exchange, "_send", interrupted)
         with pytest.raises(KeyboardInterrupt):
             client.lease("analyst")
         assert client.closed

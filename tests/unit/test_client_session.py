@@ -304,6 +304,17 @@ def test_a_grant_that_crosses_the_callers_end_is_released(pair: SessionPair) -> 
     assert not asked.decision.live
 
 
+def test_an_answer_that_an_interrupt_swallowed_ends_the_connection(pair: SessionPair) -> None:
+    asked = Asked(pair)
+    with pytest.raises(KeyboardInterrupt):
+        asked.operation.throw(KeyboardInterrupt())
+    (cancel,) = pair.asked()
+    # The lease does not wait, and its answer, which came first, is nowhere.
+    pair.send(refused(cancel, "unknown_request"))
+    assert pair.session.ended is not None
+    assert pair.session.ended.reason == "CLOSED"
+
+
 def test_input_that_was_interrupted_half_way_ends_the_connection(pair: SessionPair) -> None:
     asked = Asked(pair)
 

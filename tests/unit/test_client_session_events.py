@@ -213,6 +213,17 @@ def test_a_lease_that_cannot_be_renewed_is_over(pair: SessionPair) -> None:
     assert pair.session.renew_at is None
 
 
+def test_a_lease_that_was_not_renewed_for_the_moment_is_tried_again(pair: SessionPair) -> None:
+    asked = held_lease(pair, timestamp=1_000.0, expires_at=1_030.0)
+    pair.now_s += 10
+    pair.session.renew_due(pair.now_s)
+    (renew,) = pair.asked()
+    pair.send(refused(renew, "internal"))
+    assert asked.decision.live
+    pair.session.renew_due(pair.now_s + 3)
+    assert [request["op"] for request in pair.asked()] == ["renew"]
+
+
 def test_a_released_lease_is_not_renewed(pair: SessionPair) -> None:
     asked = held_lease(pair, timestamp=1_000.0, expires_at=1_030.0)
     operations.release(pair.session, asked.decision).send(None)
