@@ -75,7 +75,8 @@ def test_a_handler_that_strikes_in_the_middle_of_the_client_is_told(tmp_path: Pa
             return encode(message)  # type: ignore[arg-type]  # whatever it was
 
         client.exchange.session._encode = strike
-        assert client.call("health") == {}
+        # The call inside takes its whole 2 s; the one around it has more.
+        assert client.call("health", timeout_s=20.0) == {}
     assert [fault.reason for fault in faults] == ["TIMEOUT"]
     assert "interrupted" in str(faults[0])
 
