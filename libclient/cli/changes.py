@@ -126,7 +126,7 @@ def flat(policy: Mapping[str, Any]) -> dict[str, Any]:
     """Return a policy with agents' rules under the names in which they are changed."""
     result: dict[str, Any] = {}
     for field, value in policy.items():
-        if field != AGENTS or not isinstance(value, dict):
+        if field != AGENTS or not value or not isinstance(value, dict):
             result[field] = value
             continue
         for name, rule in value.items():

@@ -102,7 +102,7 @@ class Progress:
     def _text(self) -> str:
         position, eta_s = self._place or (0, None)
         ahead = "next" if position == 1 else f"{position - 1} ahead"
-        eta = f", about {format_duration(round(eta_s))} to go" if eta_s is not None else ""
+        eta = f", about {format_duration(round(eta_s))} to go" if eta_s else ""
         waited = format_duration(round(self._waited_s()))
         return f"waiting for {self._wanted}: {ahead}{eta} (waited {waited})"
 

@@ -98,12 +98,13 @@ class Board:
                 self._move(actor, AWAY, f"lost its lease: {report['reason']}", at_s)
                 return f"{name} has not yielded: its lease is taken ({report['reason']})"
             case "cpu":
-                reason, detail = report["reason"], report["detail"]
+                reason = report["reason"]
+                why = _in_short(reason, report["detail"])
                 again = actor.reason == reason
                 actor.reason = reason
                 self.refusals[reason] = self.refusals.get(reason, 0) + 1
-                self._move(actor, CPU, f"{reason} {detail}".strip(), at_s)
-                return None if again else f"{name} goes on with the CPU: {reason} {detail}".rstrip()
+                self._move(actor, CPU, why, at_s)
+                return None if again else f"{name} goes on with the CPU: {why}"
         return None
 
     def killed(self, agent: str, at_s: float) -> None:
@@ -159,3 +160,11 @@ class Board:
             actor.since_s = at_s
         actor.place = place
         actor.story = story
+
+
+def _in_short(reason: str, detail: str) -> str:
+    """Return why, once: on one card, where it is so needs no saying."""
+    _, _, words = detail.partition(": ")
+    if not words:
+        return reason
+    return words if words.startswith(reason) else f"{reason}: {words}"

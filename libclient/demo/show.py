@@ -30,8 +30,8 @@ COLUMNS = (
     Column("PRIORITY", rank=2),
     Column("LIMIT", right=True),
     Column("WHERE"),
+    Column("SINCE", right=True, rank=1),
     Column("WHAT", least=20),
-    Column("FOR", right=True, rank=1),
 )
 
 
@@ -102,10 +102,9 @@ def picture(
     paint = screen.paint
     head = f"gpuorchd demo  {safe(stage.describe())}  {stage.elapsed_s:.0f} s"
     lines = [paint(cut(head, width), "bold"), paint(cut(act, width), "bold cyan")]
-    if stage.safe_mode:
-        lines.append(paint("SAFE_MODE is on: no lease is granted", "bold red"))
-    else:
-        lines += ["", *_card(stage.gpu, screen, width)]
+    # As many lines as the card takes, so that nothing jumps.
+    off = [paint("SAFE_MODE is on: no lease is granted", "bold red"), "", ""]
+    lines += ["", *(off if stage.safe_mode else _card(stage.gpu, screen, width))]
     now_s = monotonic()
     rows = [_row(actor, stage.scale, now_s) for actor in stage.board.actors.values()]
     lines += ["", *table(COLUMNS, rows, width, paint, screen.ellipsis), ""]
@@ -138,8 +137,8 @@ def _row(actor: Actor, scale: float, now_s: float) -> list[Cell]:
         Cell(entry.priority, "dim"),
         Cell(format_memory(entry.limit_mb(scale))),
         Cell(actor.place, style),
-        Cell(safe(actor.story), style if actor.place in (CPU, WAITS, DEAD) else ""),
         Cell(span, "dim"),
+        Cell(safe(actor.story), style if actor.place in (CPU, WAITS, DEAD) else ""),
     ]
 
 

@@ -18,9 +18,9 @@ GRACE_S = 2.0
 # For what happens within milliseconds on an idle machine.
 SOON_S = 8.0
 # Between two starts, so that they ask in the order of the roster and it can be followed.
-STAGGER_S = 0.25
+STAGGER_S = 0.35
 # Long enough to read the screen.
-READ_S = 2.0
+READ_S = 2.6
 
 VICTIM = "fact_checker"
 HEIR = "newsreader"

@@ -50,8 +50,10 @@ def test_a_refusal_that_repeats_itself_is_counted_and_told_once() -> None:
     reports = []
     for at in (1.0, 3.0):
         board.take(report("scout", "asking", at, memory_mb=4_096, wait_s=300))
-        reports.append(board.take(report("scout", "cpu", at, reason="SAFE_MODE", detail="on")))
-    assert reports == ["scout goes on with the CPU: SAFE_MODE on", None]
+        reports.append(
+            board.take(report("scout", "cpu", at, reason="SAFE_MODE", detail="host: no"))
+        )
+    assert reports == ["scout goes on with the CPU: SAFE_MODE: no", None]
     assert board.refusals == {"SAFE_MODE": 2}
     assert [actor.member.agent for actor in board.at(CPU)] == ["scout"]
 
