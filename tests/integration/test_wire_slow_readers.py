@@ -53,6 +53,7 @@ def assert_it_serves(client: FrameClient) -> None:
     assert time.monotonic() - began < ANSWER_S
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("op", ["policy_get", "health", "lease", "nonsense"])
 def test_connections_that_never_read_cost_little_and_hold_nobody_up(
     daemon: DaemonProcess, client: FrameClient, op: str
