@@ -87,7 +87,10 @@ def memory_parts(gpu: Entry) -> dict[str, int] | None:
     if not isinstance(total, int) or not all(isinstance(v, int) for v in parts.values()):
         return None
     known = {name: int(value or 0) for name, value in parts.items()}
-    return {**known, "free": max(0, total - sum(known.values()))}
+    free = max(0, total - sum(known.values()))
+    # The driver keeps something for itself, too.
+    seen = gpu.get("memory_free_mb")
+    return {**known, "free": min(free, seen) if isinstance(seen, int) else free}
 
 
 def memory_bar(gpu: Entry, width: int, paint: Paint, unicode: bool) -> Cell:

@@ -30,6 +30,8 @@ def main() -> int:
             with show:
                 stage.open()
                 show.say(f"the daemon is ready: {stage.describe()}")
+                if not stage.simulated:
+                    show.say("the agents lease and allocate nothing: their bytes are back at once")
                 story = Story(stage)
                 story.perform()
             summary(show, story)

@@ -43,9 +43,9 @@ def measure(options: argparse.Namespace) -> Report:
             _pairs_us(client, WARM_UP_PAIRS)
             before_kb = resident_kb(daemon.pid)
             for _ in range(options.stretches):
-                quiet_us += _pairs_us(client, PAIRS_IN_STRETCH)
+                quiet_us += _pairs_us(client, options.pairs)
                 with _hostile_peers(daemon.socket) as peers:
-                    beset_us += _pairs_us(client, PAIRS_IN_STRETCH)
+                    beset_us += _pairs_us(client, options.pairs)
                     beset_kb = resident_kb(daemon.pid)
                     assert peers.poll() is None, "the hostile peers gave up"
     for name, values in (("quiet", quiet_us), ("hostile", beset_us)):
@@ -90,4 +90,5 @@ def _hostile_peers(socket: Path) -> Iterator[subprocess.Popen[str]]:
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--stretches", type=int, default=STRETCHES)
+    arguments.add_argument("--pairs", type=int, default=PAIRS_IN_STRETCH, help="in a stretch")
     sys.exit(run(measure, arguments))
