@@ -58,12 +58,14 @@ def arrive(state: State, conn: ConnectionId, peer: Peer) -> None:
             if device.reading is not None:
                 _attribute(state, device, device.reading)
     holder.clients += 1
-    state.clients[conn] = Client(conn, peer, holder)
+    client = state.clients[conn] = Client(conn, peer, holder)
+    state.changed_clients[conn] = client
 
 
 def leave(state: State, client: Client, out: list[Effect]) -> None:
     """Forget a connection that has ended and holds nothing any more."""
     del state.clients[client.conn]
+    state.changed_clients[client.conn] = client
     client.holder.clients -= 1
     _drop_holder(state, client.holder, out)
 
@@ -105,6 +107,7 @@ def timed_out(state: State, lease: Lease, now_ns: int, out: list[Effect]) -> Non
         if part.device.facts.drain_ns is not None and part.claim_mb:
             ledger.give_back(lease, part, part.claim_mb)
     state.unsettled = True
+    state.changed_leases[lease.number] = lease
     finish_if_empty(state, lease, now_ns, out)
 
 
@@ -116,6 +119,7 @@ def overdue(state: State, lease: Lease, now_ns: int, out: list[Effect]) -> None:
     """
     left = [part for part in lease.parts if part.claim_mb]
     lease.withheld = True
+    state.changed_leases[lease.number] = lease
     pids = [lease.holder.process.pid] if lease.holder.alive else []
     pids += sorted(process.pid for process in lease.others or ())
     fields = {
@@ -145,6 +149,7 @@ def process_ended(state: State, process: ProcessKey, now_ns: int, out: list[Effe
     for lease in touched.values():
         if lease.others is not None:
             lease.others.discard(process)
+            state.changed_leases[lease.number] = lease
     holder = state.holders.get(process)
     if holder is not None:
         holder.alive = False
@@ -188,6 +193,7 @@ def take_readings(state: State, event: ReadingsTaken, now_ns: int, out: list[Eff
         _attribute(state, device, reading)
         _free_drained(state, device, event.started_ns, touched)
     for lease in touched.values():
+        state.changed_leases[lease.number] = lease
         finish_if_empty(state, lease, now_ns, out)
     state.unsettled = True
 
@@ -210,6 +216,7 @@ def _note_processes(state: State, device: Device, reading: Reading, out: list[Ef
                 lease.others = set()
             lease.others.add(use.process)
             lease.gone_ns = 0
+            state.changed_leases[lease.number] = lease
 
 
 def _attribute(state: State, device: Device, reading: Reading) -> None:
@@ -283,6 +290,7 @@ def _settle_gone(state: State, lease: Lease, now_ns: int, out: list[Effect]) -> 
             freed = True
     if freed:
         state.unsettled = True
+        state.changed_leases[lease.number] = lease
         finish_if_empty(state, lease, now_ns, out)
 
 
@@ -334,6 +342,7 @@ def _finish(state: State, lease: Lease, now_ns: int, out: list[Effect]) -> None:
 
 def _forget_lease(state: State, lease: Lease, out: list[Effect]) -> None:
     lease.state = LeaseState.FREED
+    state.changed_leases[lease.number] = lease
     del state.leases[lease.lease_id]
     del lease.holder.leases[lease.lease_id]
     for process in lease.others or ():
@@ -348,6 +357,7 @@ def _forget_lease(state: State, lease: Lease, out: list[Effect]) -> None:
         # A card that came back has a record of its own by now, which stays.
         if not device.present and not device.parts and state.devices.get(device.uuid) is device:
             del state.devices[device.uuid]
+            state.changed_devices.add(device.uuid)
     _drop_holder(state, lease.holder, out)
 
 

@@ -79,6 +79,17 @@ class Announce(NamedTuple):
     private: bool = False
 
 
+class Commit(NamedTuple):
+    """Record these rows before anything else of this turn is carried out.
+
+    `rows` by key, a kind and a number or name; None takes a row away. `totals` replaces what was
+    recorded before. See `snapshot` for what rows hold.
+    """
+
+    rows: Mapping[tuple[str, int | str], tuple[object, ...] | None]
+    totals: tuple[int, int, int]
+
+
 class WatchProcess(NamedTuple):
     """Watch a process that is not (only) a peer, and say `ProcessEnded` when it is gone."""
 
@@ -123,6 +134,7 @@ Effect = (
     | AnswerPolicy
     | AnswerError
     | Announce
+    | Commit
     | WatchProcess
     | ForgetProcess
     | TakeReading

@@ -21,6 +21,18 @@ from gpuorchd.core.model import (
     RequestId,
     Token,
 )
+from gpuorchd.core.rows import ClientRow, DeviceRow, LeaseRow, OutcomeRow, WaiterRow
+
+
+class Kept(NamedTuple):
+    """The rows that were recorded, each kind in the order of their numbers. See `snapshot`."""
+
+    devices: tuple[DeviceRow, ...] = ()
+    clients: tuple[ClientRow, ...] = ()
+    leases: tuple[LeaseRow, ...] = ()
+    waiters: tuple[WaiterRow, ...] = ()
+    outcomes: tuple[OutcomeRow, ...] = ()
+    totals: tuple[int, int, int] = (0, 0, 0)
 
 
 class ClientArrived(NamedTuple):
@@ -81,6 +93,41 @@ class SealAsked(NamedTuple):
     conn: ConnectionId
     request_id: RequestId
     signal: str | None
+
+
+class SealTold(NamedTuple):
+    """The answer to `seal` has left: the connection only holds from now on."""
+
+    conn: ConnectionId
+
+
+class ReattachAsked(NamedTuple):
+    """`reattach`. `digest` names the token where only digests of tokens were kept."""
+
+    conn: ConnectionId
+    request_id: RequestId
+    token: Token
+    digest: Token
+
+
+class RequestRepeated(NamedTuple):
+    """A request came again on a connection that outlived the daemon that took it first."""
+
+    conn: ConnectionId
+    request_id: RequestId
+
+
+class Restored(NamedTuple):
+    """What an earlier daemon recorded; the first event of all, on an empty state.
+
+    `attached` are the connections that are still there. The owners of those in `lost` may come
+    back within `grace_ns`, while their processes live. All others have ended.
+    """
+
+    kept: Kept
+    attached: frozenset[ConnectionId]
+    lost: frozenset[ConnectionId]
+    grace_ns: int
 
 
 class RevokeAsked(NamedTuple):
@@ -161,6 +208,10 @@ Event = (
     | RenewAsked
     | CancelAsked
     | SealAsked
+    | SealTold
+    | ReattachAsked
+    | RequestRepeated
+    | Restored
     | RevokeAsked
     | CordonAsked
     | PolicyChangeAsked

@@ -12,7 +12,8 @@ from gpuorchd.core import placement
 from gpuorchd.core.model import Device, LeaseState, Waiter
 from gpuorchd.core.state import State
 
-LIVE = (LeaseState.ACTIVE, LeaseState.REVOKING)
+HELD = (LeaseState.ACTIVE, LeaseState.REVOKING)
+LIVE = (*HELD, LeaseState.DETACHED)
 
 
 def check(state: State, now_ns: int) -> None:
@@ -33,10 +34,11 @@ def _check_leases(state: State) -> None:
         assert state.holders.get(lease.holder.process) is lease.holder, "a lease without a holder"
         assert lease.holder.leases.get(lease.lease_id) is lease
         if lease.state in LIVE:
+            assert all(part.claim_mb == part.memory_mb for part in lease.parts)
+        if lease.state in HELD:
             client = state.clients.get(lease.conn)
             assert client is not None, f"{lease.lease_id} lives without a connection"
             assert lease in client.requests.values(), "a live lease its connection does not know"
-            assert all(part.claim_mb == part.memory_mb for part in lease.parts)
     for process, leases in state.watched.items():
         assert leases, f"{process} is watched for nothing"
         for lease in leases.values():
@@ -101,7 +103,7 @@ def _check_counts(state: State) -> None:
             if isinstance(request, Waiter):
                 assert state.waiters.get(request.number) is request, "a wait nobody serves"
             else:
-                assert request.state in LIVE, "a request whose lease has ended"
+                assert request.state in HELD, "a request whose lease has ended"
     clients = Counter(client.holder.process for client in state.clients.values())
     for process, holder in state.holders.items():
         assert holder.clients == clients[process]

@@ -23,7 +23,9 @@ def found(state: State, facts: tuple[DeviceFacts, ...], out: list[Effect]) -> No
             _vanish(state, device, out)
     for fact in facts:
         device = state.devices.setdefault(fact.uuid, Device(fact))
-        device.facts = fact
+        if device.facts != fact or fact.uuid not in before:
+            device.facts = fact
+            state.changed_devices.add(fact.uuid)
         device.present = True
         device.cordon = state.cordons.get(fact.uuid)
         if fact.uuid not in before:
@@ -50,6 +52,7 @@ def _vanish(state: State, device: Device, out: list[Effect]) -> None:
     out.append(Announce("gpu.vanished", {"gpu": device.uuid, "index": device.index}))
     if not device.parts:
         del state.devices[device.uuid]
+        state.changed_devices.add(device.uuid)
 
 
 def _put_in_order(state: State) -> None:

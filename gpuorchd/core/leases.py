@@ -26,6 +26,8 @@ from gpuorchd.core.state import State
 TTL = "ttl"
 REVOKE = "revoke"
 WAIT = "wait"
+# The owner of a detached lease did not come back.
+DETACH = "detach"
 
 
 def request_key(request: Lease | Waiter) -> object:
@@ -73,9 +75,11 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
         state.deadlines.set((TTL, lease.lease_id), now_ns + ttl_ns)
     if state.waiters and is_capped(state, asked.ask.agent):
         state.unsettled = True
+    state.changed_leases[number] = lease
     out.append(AnswerGrant(lease))
     out.append(Announce("lease.granted", granted_fields(lease)))
     for old in gave:
+        state.changed_leases[old.number] = old
         drain.finish_if_empty(state, old, now_ns, out)
 
 
@@ -111,8 +115,10 @@ def ask_back(
     pending_ns = state.deadlines.due_ns((REVOKE, lease.lease_id))
     if pending_ns is not None and pending_ns <= due_ns:
         return
-    lease.state = LeaseState.REVOKING
+    if lease.state is not LeaseState.DETACHED:
+        lease.state = LeaseState.REVOKING
     lease.revoke_reason = reason
+    state.changed_leases[lease.number] = lease
     state.deadlines.set((REVOKE, lease.lease_id), due_ns)
     fields = {
         "lease_id": lease.lease_id,
@@ -121,8 +127,8 @@ def ask_back(
         "deadline_s": grace_ns / NS_PER_S,
     }
     out.append(Announce("lease.revoking", fields, lease.conn))
-    client = state.clients[lease.conn]
-    if client.sealed and client.signal is not None:
+    client = state.clients.get(lease.conn)
+    if client is not None and client.sealed and client.signal is not None:
         out.append(SignalPeer(lease.conn, client.signal))
 
 
@@ -150,16 +156,20 @@ def end(state: State, lease: Lease, event: Announce, now_ns: int, out: list[Effe
     deadlines = state.deadlines
     if lease.expires_ns is not None:
         deadlines.drop((TTL, lease.lease_id))
-    if lease.state is LeaseState.REVOKING:
+    if lease.state is not LeaseState.ACTIVE:
         deadlines.drop((REVOKE, lease.lease_id))
+        deadlines.drop((DETACH, lease.lease_id))
+    detached = lease.state is LeaseState.DETACHED
     lease.state = LeaseState.DRAINING
     lease.ended_ns = now_ns
     del state.tokens[lease.token]
-    client = state.clients[lease.conn]
-    del client.requests[request_key(lease)]
+    if not detached:
+        client = state.clients[lease.conn]
+        del client.requests[request_key(lease)]
+        settle_holding(state, client)
+    state.changed_leases[lease.number] = lease
     state.live_leases -= 1
     drop_count(state.leases_by_uid, lease.holder.uid)
-    settle_holding(state, client)
     state.unsettled = True
     out.append(event)
     drain.begin(state, lease, now_ns, out)

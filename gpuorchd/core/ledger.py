@@ -174,6 +174,30 @@ def take(lease: Lease, part: Part) -> list[Lease]:
     return gave
 
 
+def rebook(lease: Lease, part: Part, *, whole: bool) -> None:
+    """Book a part of a recorded lease as it stood: claimed, draining, or back already."""
+    if not part.claim_mb:
+        return
+    device = part.device
+    process = lease.holder.process
+    holding = device.holdings.get(process)
+    if holding is None:
+        holding = device.holdings[process] = Holding()
+    unmet_mb = holding.unmet_mb
+    if lease.state is LeaseState.DRAINING:
+        holding.draining_mb += part.claim_mb
+        device.draining_mb += part.claim_mb
+    else:
+        holding.claim_mb += part.claim_mb
+        device.claim_mb += part.claim_mb
+        agent = lease.ask.agent
+        device.charges[agent] = device.charges.get(agent, 0) + part.charge_mb
+    device.unmet_mb += holding.unmet_mb - unmet_mb
+    device.parts[lease.lease_id] = part
+    if whole:
+        device.exclusive = lease.lease_id
+
+
 def begin_drain(lease: Lease, part: Part) -> None:
     """Move a part's bytes from claimed to draining; the agent's cap is free of it at once."""
     device = part.device

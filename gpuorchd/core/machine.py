@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpuorchd.core import drain, inventory, leases, placement, serving
+from gpuorchd.core import bounds, drain, inventory, leases, placement, recovery, serving, snapshot
 from gpuorchd.core import settings as settings_room
 from gpuorchd.core.effects import Announce, Answer, AnswerError, Effect
 from gpuorchd.core.events import (
@@ -27,10 +27,14 @@ from gpuorchd.core.events import (
     PolicyChangeAsked,
     ProcessEnded,
     ReadingsTaken,
+    ReattachAsked,
     ReleaseAsked,
     RenewAsked,
+    RequestRepeated,
+    Restored,
     RevokeAsked,
     SealAsked,
+    SealTold,
     SettingsPersisted,
     StopAsked,
     TimePassed,
@@ -56,6 +60,8 @@ from gpuorchd.core.placement import Plan
 from gpuorchd.core.policy import DEFAULT, Policy
 from gpuorchd.core.state import Settings, State
 
+# Why a lease is over whose connection or process has ended.
+GONE = "disconnected"
 STOPPING = Refusal(Code.SHUTTING_DOWN, "the daemon stops; ask again when it is back")
 
 
@@ -86,6 +92,10 @@ class Machine:
             RenewAsked: self._renew,
             CancelAsked: self._cancel,
             SealAsked: self._seal,
+            SealTold: self._seal_told,
+            ReattachAsked: self._reattach,
+            RequestRepeated: self._repeat,
+            Restored: self._restore,
             RevokeAsked: self._revoke,
             ClientArrived: self._arrive,
             ClientLeft: self._leave,
@@ -110,6 +120,11 @@ class Machine:
                 serving.serve(state, now_ns, out)
             else:
                 serving.nobody_waits(state)
+        if state.settings.keeps:
+            commit = snapshot.changes(state, out)
+            if commit is not None:
+                # What is promised is recorded first.
+                out.insert(0, commit)
         return out
 
     def next_deadline_ns(self) -> int | None:
@@ -132,7 +147,7 @@ class Machine:
         refusal = (
             STOPPING
             if state.stopping
-            else placement.refuse(state, client.peer, ask) or self._over_lease_bound(client)
+            else placement.refuse(state, client.peer, ask) or bounds.over_leases(state, client)
         )
         if refusal is not None:
             out.append(AnswerError(event.conn, event.request_id, refusal))
@@ -151,57 +166,17 @@ class Machine:
             now_ns + ask.wait_ns,
         )
         if isinstance(found, Plan):
-            self._begin_holding(client)
+            recovery.begin_holding(state, client)
             leases.grant(state, asked, found, now_ns, out)
         elif found.final or not ask.wait_ns:
             serving.deny(asked, found, now_ns, out)
         else:
-            refusal = self._over_wait_bound(client)
+            refusal = bounds.over_waits(state, client)
             if refusal is not None:
                 out.append(AnswerError(event.conn, event.request_id, refusal))
                 return
-            self._begin_holding(client)
+            recovery.begin_holding(state, client)
             serving.enqueue(state, asked, found, now_ns, out)
-
-    def _begin_holding(self, client: Client) -> None:
-        if not client.requests:
-            state = self.state
-            uid = client.peer.uid
-            state.holding_clients += 1
-            state.holders_by_uid[uid] = state.holders_by_uid.get(uid, 0) + 1
-
-    def _over_lease_bound(self, client: Client) -> Refusal | None:
-        state = self.state
-        limits = state.settings.limits
-        uid = client.peer.uid
-        if not client.requests:
-            if state.holding_clients >= limits.holders:
-                return _limit("connections that hold or await a lease", limits.holders)
-            if state.holders_by_uid.get(uid, 0) >= limits.holders_per_uid:
-                what = "connections of one user that hold or await a lease"
-                return _limit(what, limits.holders_per_uid)
-        # A request that waits will be a lease one day: it has its place among them.
-        if state.live_leases + len(state.waiters) >= limits.leases:
-            return _limit("leases and requests that wait for one", limits.leases)
-        own = state.leases_by_uid.get(uid, 0) + state.waiting_by_uid.get(uid, 0)
-        if own >= limits.leases_per_uid:
-            return _limit("leases and waits of one user", limits.leases_per_uid)
-        if len(client.requests) >= limits.leases_per_connection:
-            return _limit("leases and waits of one connection", limits.leases_per_connection)
-        return None
-
-    def _over_wait_bound(self, client: Client) -> Refusal | None:
-        state = self.state
-        limits = state.settings.limits
-        uid = client.peer.uid
-        if len(state.queue) >= limits.waiting:
-            return _limit("waiting requests", limits.waiting)
-        if state.waiting_by_uid.get(uid, 0) >= limits.waiting_per_uid:
-            return _limit("waiting requests of one user", limits.waiting_per_uid)
-        waits = sum(1 for request in client.requests.values() if isinstance(request, Waiter))
-        if waits >= limits.waiting_per_connection:
-            return _limit("waiting requests of one connection", limits.waiting_per_connection)
-        return None
 
     def _own(
         self,
@@ -239,6 +214,7 @@ class Machine:
             return
         if lease.expires_ns is not None:
             lease.expires_ns = now_ns + self.state.settings.ttl_ns
+            self.state.changed_leases[lease.number] = lease
             self.state.deadlines.set((leases.TTL, lease.lease_id), lease.expires_ns)
         out.append(Answer(event.conn, event.request_id, {"expires_at_ns": lease.expires_ns}))
 
@@ -263,12 +239,42 @@ class Machine:
             return
         client.sealed = True
         client.signal = event.signal
+        self.state.changed_clients[client.conn] = client
         for lease in requests:
             assert isinstance(lease, Lease)
             if lease.expires_ns is not None and lease.expires_ns > now_ns:
                 lease.expires_ns = None
+                self.state.changed_leases[lease.number] = lease
                 self.state.deadlines.drop((leases.TTL, lease.lease_id))
         out.append(Answer(event.conn, event.request_id, {"sealed": True}))
+
+    def _seal_told(self, event: SealTold, now_ns: int, out: list[Effect]) -> None:
+        client = self.state.clients.get(event.conn)
+        if client is not None:
+            client.seal_told = True
+            self.state.changed_clients[client.conn] = client
+
+    def _reattach(self, event: ReattachAsked, now_ns: int, out: list[Effect]) -> None:
+        client = self.state.clients[event.conn]
+        refusal = STOPPING if self.state.stopping else bounds.over_holders(self.state, client)
+        if refusal is not None:
+            out.append(AnswerError(event.conn, event.request_id, refusal))
+        else:
+            recovery.reattach(self.state, event, now_ns, out)
+
+    def _repeat(self, event: RequestRepeated, now_ns: int, out: list[Effect]) -> None:
+        recovery.repeat(self.state, event, out)
+
+    def _restore(self, event: Restored, now_ns: int, out: list[Effect]) -> None:
+        state = self.state
+        recovery.rebuild(state, event.kept, now_ns, event.grace_ns, out)
+        ended, lost = recovery.fates(state, event)
+        for client in ended:
+            self._leave(ClientLeft(client.conn), now_ns, out)
+        for client in lost:
+            self._end_waits(client, now_ns, out)
+            recovery.detach(state, client, now_ns + event.grace_ns)
+            drain.leave(state, client, out)
 
     def _revoke(self, event: RevokeAsked, now_ns: int, out: list[Effect]) -> None:
         lease = self.state.leases.get(LeaseId(event.lease_id))
@@ -287,16 +293,22 @@ class Machine:
 
     def _leave(self, event: ClientLeft, now_ns: int, out: list[Effect]) -> None:
         client = self.state.clients[event.conn]
+        self._end_waits(client, now_ns, out)
+        for lease in tuple(client.requests.values()):
+            assert isinstance(lease, Lease)
+            leases.end(self.state, lease, leases.released(lease, GONE), now_ns, out)
+        drain.leave(self.state, client, out)
+
+    def _end_waits(self, client: Client, now_ns: int, out: list[Effect]) -> None:
         for request in tuple(client.requests.values()):
             if isinstance(request, Waiter):
                 serving.end_wait(self.state, request, Note.CANCELLED, now_ns, out)
-            else:
-                gone = leases.released(request, "disconnected")
-                leases.end(self.state, request, gone, now_ns, out)
-        drain.leave(self.state, client, out)
 
     def _process_ended(self, event: ProcessEnded, now_ns: int, out: list[Effect]) -> None:
-        drain.process_ended(self.state, event.process, now_ns, out)
+        state = self.state
+        drain.process_ended(state, event.process, now_ns, out)
+        for lease in recovery.detached_of(state, event.process):
+            leases.end(state, lease, leases.released(lease, GONE), now_ns, out)
 
     def _readings(self, event: ReadingsTaken, now_ns: int, out: list[Effect]) -> None:
         # A reading that was on its way when SAFE_MODE came says nothing any more.
@@ -337,6 +349,8 @@ class Machine:
                 leases.expire(state, lease, now_ns, out)
             elif kind == leases.REVOKE:
                 leases.revoke_now(state, lease, lease.revoke_reason, now_ns, out)
+            elif kind == leases.DETACH:
+                leases.end(state, lease, leases.released(lease, GONE), now_ns, out)
             elif kind == drain.DRAINED:
                 drain.timed_out(state, lease, now_ns, out)
             else:
@@ -355,7 +369,3 @@ class Machine:
         for client in state.clients.values():
             if client.requests:
                 out.append(Announce("daemon.stopping", {}, client.conn, private=True))
-
-
-def _limit(what: str, bound: int) -> Refusal:
-    return Refusal(Code.LIMIT, f"at most {bound} {what}; this bound is reached")

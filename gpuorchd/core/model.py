@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, StrEnum
-from typing import NamedTuple, NewType
+from typing import TYPE_CHECKING, NamedTuple, NewType
+
+if TYPE_CHECKING:
+    from gpuorchd.core.effects import Effect
 
 ConnectionId = NewType("ConnectionId", int)
 LeaseId = NewType("LeaseId", str)
@@ -46,6 +49,8 @@ class LeaseState(Enum):
 
     ACTIVE = "active"
     REVOKING = "revoking"
+    # Its connection was lost with an earlier daemon; its owner may come back for it.
+    DETACHED = "detached"
     DRAINING = "draining"
     FREED = "freed"
 
@@ -284,6 +289,13 @@ class Client:
     sealed: bool = False
     # Sent to the peer when one of the sealed connection's leases is to be revoked.
     signal: str | None = None
+    # The answer to `seal` is with the kernel: the peer knows that nothing more is sent.
+    seal_told: bool = False
+    # Answers recorded so far, for a daemon that may have to give them again.
+    outcomes: int = 0
+    # After a restart: requests that may come again, with the answer that was given; None where the
+    # request lives on as a lease or a wait.
+    repeats: dict[object, Effect | None] | None = None
 
 
 @dataclass(slots=True, eq=False)

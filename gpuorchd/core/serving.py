@@ -44,6 +44,7 @@ def enqueue(state: State, waiter: Waiter, denial: Denial, now_ns: int, out: list
     state.waiting_by_uid[uid] = state.waiting_by_uid.get(uid, 0) + 1
     state.deadlines.set((leases.WAIT, waiter.number), waiter.deadline_ns)
     state.waiters[waiter.number] = waiter
+    state.changed_waiters[waiter.number] = waiter
     state.unsettled = True
     _tell(waiter, position, denial.eta_ns, now_ns, out, private=False)
 
@@ -52,6 +53,7 @@ def dequeue(state: State, waiter: Waiter) -> None:
     """Take a request out of the queue; what becomes of it is the caller's business."""
     state.queue.remove(waiter)
     del state.waiters[waiter.number]
+    state.changed_waiters[waiter.number] = waiter
     state.deadlines.drop((leases.WAIT, waiter.number))
     leases.drop_count(state.waiting_by_uid, waiter.holder.uid)
     state.unsettled = True

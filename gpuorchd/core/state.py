@@ -49,6 +49,8 @@ class Settings(NamedTuple):
     ttl_ns: int = 0
     # A reading older than this is unknown and grants nothing.
     reading_max_age_ns: int = 3_000_000_000
+    # Whether what changes is recorded (`Commit`), so that another daemon can go on from it.
+    keeps: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +97,11 @@ class State:
     holding_clients: int = 0
     # Draining leases do not count: these are live.
     live_leases: int = 0
+    # What changed in this turn and has to be recorded, by number or name.
+    changed_leases: dict[int, Lease] = field(default_factory=dict)
+    changed_waiters: dict[int, Waiter] = field(default_factory=dict)
+    changed_clients: dict[ConnectionId, Client] = field(default_factory=dict)
+    changed_devices: set[DeviceUuid] = field(default_factory=set)
     granted_total: int = 0
     expired_total: int = 0
     queued_total: int = 0

@@ -18,7 +18,12 @@ from gpuorchd.core.state import State
 
 # Records looked at before the loop gets its turn: some tenths of a millisecond.
 SLICE_LEASES = 250
-STATES = (LeaseState.ACTIVE, LeaseState.REVOKING, LeaseState.DRAINING)
+STATES = (
+    LeaseState.ACTIVE,
+    LeaseState.REVOKING,
+    LeaseState.DETACHED,
+    LeaseState.DRAINING,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,14 @@ class Observer(Journal):
                 self.books.read(started_ns, readings, {uuid for uuid, _ in failures})
             case ev.StopAsked():
                 self.stopping = True
-            case ev.SettingsPersisted() | ev.TimePassed():
+            case (
+                ev.SettingsPersisted()
+                | ev.TimePassed()
+                | ev.SealTold()
+                | ev.ReattachAsked()
+                | ev.RequestRepeated()
+                | ev.Restored()
+            ):
                 pass
             case _:
                 assert_never(event)

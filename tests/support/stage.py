@@ -30,6 +30,7 @@ from gpuorchd.core.model import (
 from gpuorchd.core.placement import Plan
 from gpuorchd.core.state import Settings
 from tests.support.observer import Observer
+from tests.support.recorded import Table
 from tests.support.world import MS, SECOND, Process, World
 
 TRACE_EVENTS = 30
@@ -106,10 +107,12 @@ class Stage:
         pace: Pace | None = None,
         safe_mode: bool = False,
     ) -> None:
-        settings = settings or Settings(epoch="stage")
+        settings = (settings or Settings(epoch="stage"))._replace(keeps=True)
         self.pace = pace or Pace()
         self.world = World(facts)
+        self.settings = settings
         self.machine = Machine(settings, safe_mode=safe_mode)
+        self.table = Table()
         self.observer = Observer(settings, self.world, safe_mode=safe_mode)
         self.links: dict[ConnectionId, Link] = {}
         self.watched: set[ProcessKey] = set()
@@ -171,6 +174,7 @@ class Stage:
         self.steps += 1
         self.observer.saw(event, effects, now_ns)
         invariants.check(self.machine.state, now_ns)
+        self.table.saw(self.machine.state, effects)
         next_ns = self.machine.next_deadline_ns()
         self.observer.check_next_deadline(event, next_ns)
         if next_ns is None:
