@@ -170,6 +170,7 @@ class Simulation:
             (self._admin, 3),
             (self._trouble, 2 if self._troubled else 0),
             (self._spurious, 1),
+            (self._restart, 1),
             (self._stray, 3 if self.strays == "wild" else 0),
         ]
         return [move for move, _ in table], [weight for _, weight in table]
@@ -320,6 +321,11 @@ class Simulation:
 
     def _spurious(self) -> None:
         self.stage.submit(ev.TimePassed())
+
+    def _restart(self) -> None:
+        links = list(self.stage.links.values())
+        gone = self.rng.sample(links, min(len(links), self.rng.choice((0, 0, 1, 3))))
+        self.stage.restart(gone)
 
     def _admin(self) -> None:
         rng = self.rng

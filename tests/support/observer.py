@@ -117,13 +117,14 @@ class Observer(Journal):
                 self.books.read(started_ns, readings, {uuid for uuid, _ in failures})
             case ev.StopAsked():
                 self.stopping = True
+            case ev.Restored():
+                self._restored(event)
             case (
                 ev.SettingsPersisted()
                 | ev.TimePassed()
                 | ev.SealTold()
                 | ev.ReattachAsked()
                 | ev.RequestRepeated()
-                | ev.Restored()
             ):
                 pass
             case _:
@@ -146,6 +147,24 @@ class Observer(Journal):
             self._arrivals,
             self._now_ns,
         )
+
+    def _restored(self, event: ev.Restored) -> None:
+        """Another daemon goes on: no card is known to it, and who left meanwhile has left."""
+        self.books.lose()
+        self.rules.probing = not self.rules.safe_mode
+        for asked in self._changes:
+            # The disk had not taken it: it was neither done nor answered.
+            self._asked.pop(asked, None)
+            self._void.pop(asked, None)
+        self._changes.clear()
+        for waiter in self.waiting:
+            waiter.told_ns.clear()
+        for lease in self.books.leases.values():
+            if lease.live and lease.expires_ns is not None:
+                lease.expires_ns = max(lease.expires_ns, self._now_ns + event.grace_ns)
+        for conn in tuple(self.books.peers):
+            if conn not in event.attached:
+                self._left(conn)
 
     def _left(self, conn: ConnectionId) -> None:
         for lease in [x for x in self.books.leases.values() if x.conn == conn and x.live]:

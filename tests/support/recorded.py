@@ -1,7 +1,7 @@
 """The table that a daemon would keep, in memory: what was committed, checked against the state.
 
-`saw` after every step: the rows recorded so far are exactly those of the state, and they come before
-every answer of their turn. `kept` gives them as another daemon would read them.
+`saw` after every step: the rows recorded so far are exactly those of the state, and they come
+before every answer of their turn. `kept` gives them as another daemon would read them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gpuorchd.core import effects as fx
 from gpuorchd.core import events as ev
@@ -34,6 +34,7 @@ from tests.support.recorded import Table
 from tests.support.world import MS, SECOND, Process, World
 
 TRACE_EVENTS = 30
+RESTART_GRACE_NS = 3 * SECOND
 
 
 class Pace:
@@ -122,6 +123,8 @@ class Stage:
         self.persisting = False
         # False once a promise was broken: what follows means nothing.
         self.sound = True
+        # Which daemon this is: what an earlier one had begun comes to nothing.
+        self._life = 0
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._entries = 0
         self._timer: tuple[int, int] | None = None
@@ -131,7 +134,7 @@ class Stage:
         self._conns = 0
         self._tokens = 0
         if self.driver_open:
-            self._later(self.pace.probe_ns(), self._probed)
+            self._later_here(self.pace.probe_ns(), self._probed)
 
     # Time.
 
@@ -161,6 +164,16 @@ class Stage:
     def _later(self, delay_ns: int, action: Callable[[], None]) -> None:
         self._entries += 1
         heapq.heappush(self._agenda, (self.world.now_ns + delay_ns, self._entries, action))
+
+    def _later_here(self, delay_ns: int, action: Callable[[], None]) -> None:
+        """Do something later, if this daemon still lives then."""
+        life = self._life
+
+        def act() -> None:
+            if life == self._life:
+                action()
+
+        self._later(delay_ns, act)
 
     # The turn.
 
@@ -209,10 +222,10 @@ class Stage:
                 assert not self.persisting, "one change on its way to the disk at a time"
                 self.persisting = True
                 failure = "no space left" if self.pace.persist_fails() else None
-                self._later(self.pace.persist_ns(), lambda: self._persisted(failure))
+                self._later_here(self.pace.persist_ns(), lambda: self._persisted(failure))
             case fx.OpenDevices():
                 self.driver_open = True
-                self._later(self.pace.probe_ns(), self._probed)
+                self._later_here(self.pace.probe_ns(), self._probed)
             case fx.CloseDevices():
                 self.driver_open = False
             case _:
@@ -235,7 +248,7 @@ class Stage:
         self._periodic_on = self.driver_open
         if self.driver_open:
             self.want_reading()
-            self._later(self.pace.reading_every_ns, self._periodic)
+            self._later_here(self.pace.reading_every_ns, self._periodic)
 
     def tell_devices(self) -> None:
         """Say which cards there are now."""
@@ -253,7 +266,7 @@ class Stage:
         self._reading_wanted = True
         if not self._reading:
             self._reading = True
-            self._later(self.pace.reading_wait_ns(), self._start_reading)
+            self._later_here(self.pace.reading_wait_ns(), self._start_reading)
 
     def _real_cards(self) -> list[DeviceUuid]:
         return [
@@ -266,7 +279,7 @@ class Stage:
         self._reading_wanted = False
         started_ns = self.world.now_ns
         first = {uuid: self.world.look(uuid) for uuid in self._real_cards()}
-        self._later(self.pace.reading_takes_ns(), lambda: self._end_reading(started_ns, first))
+        self._later_here(self.pace.reading_takes_ns(), lambda: self._end_reading(started_ns, first))
 
     def _end_reading(self, started_ns: int, first: dict[DeviceUuid, Reading]) -> None:
         readings, failures = [], []
@@ -281,7 +294,7 @@ class Stage:
             used_mb = card.capacity_mb - free_mb
             readings.append(Reading(uuid, free_mb, used_mb, listed.processes))
         event = ev.ReadingsTaken(started_ns, tuple(readings), tuple(failures))
-        self._later(self.pace.reading_takes_ns(), lambda: self._deliver(event))
+        self._later_here(self.pace.reading_takes_ns(), lambda: self._deliver(event))
 
     def _deliver(self, event: ev.ReadingsTaken) -> None:
         self._reading = False
@@ -291,6 +304,35 @@ class Stage:
             self.submit(event)
         if self._reading_wanted:
             self.want_reading()
+
+    # The daemon's own end.
+
+    def restart(self, vanishing: Sequence[Link] = ()) -> None:
+        """Let the daemon die, and another go on from what it recorded.
+
+        `vanishing` end meanwhile: nobody is there to hear of it.
+        """
+        for link in vanishing:
+            link.open = False
+            del self.links[link.conn]
+        old = self.machine.state
+        self._life += 1
+        self._timer = None
+        self.persisting = self._reading = self._reading_wanted = self._periodic_on = False
+        self.watched = set()
+        self.driver_open = not old.safe_mode
+        self.machine = Machine(
+            self.settings,
+            policy=old.policy,
+            revision=old.revision,
+            safe_mode=old.safe_mode,
+            cordons=old.cordons,
+        )
+        attached = frozenset(conn for conn, link in self.links.items() if link.arrived)
+        kept = self.table.kept()
+        self.submit(ev.Restored(kept, attached, frozenset(), RESTART_GRACE_NS))
+        if self.driver_open:
+            self._later_here(self.pace.probe_ns(), self._probed)
 
     # Processes and their connections.
 
