@@ -120,6 +120,8 @@ class Machine:
                 serving.serve(state, now_ns, out)
             else:
                 serving.nobody_waits(state)
+        if state.unrepeated:
+            out = recovery.hold_back(state, out)
         if state.settings.keeps:
             commit = snapshot.changes(state, out)
             if commit is not None:
@@ -272,6 +274,7 @@ class Machine:
         for client in ended:
             self._leave(ClientLeft(client.conn), now_ns, out)
         for client in lost:
+            recovery.forget(state, client)
             self._end_waits(client, now_ns, out)
             recovery.detach(state, client, now_ns + event.grace_ns)
             drain.leave(state, client, out)
@@ -293,6 +296,7 @@ class Machine:
 
     def _leave(self, event: ClientLeft, now_ns: int, out: list[Effect]) -> None:
         client = self.state.clients[event.conn]
+        recovery.forget(self.state, client)
         self._end_waits(client, now_ns, out)
         for lease in tuple(client.requests.values()):
             assert isinstance(lease, Lease)

@@ -41,7 +41,7 @@ from gpuorchd.core.model import (
     RequestId,
     Waiter,
 )
-from gpuorchd.core.rows import ClientRow, LeaseRow, OutcomeRow, WaiterRow
+from gpuorchd.core.rows import ClientRow, LeaseRow, OutcomeRow, PartRow, WaiterRow
 from gpuorchd.core.state import State
 
 
@@ -136,6 +136,7 @@ def repeat(state: State, event: RequestRepeated, out: list[Effect]) -> None:
     """Answer a request as it was answered before; one that still waits keeps its place."""
     client = state.clients[event.conn]
     assert client.repeats is not None, "a repeat on a connection that has none"
+    state.unrepeated.discard((event.conn, event.request_id))
     answer = client.repeats.pop(event.request_id)
     if answer is not None:
         out.append(answer)
@@ -143,6 +144,31 @@ def repeat(state: State, event: RequestRepeated, out: list[Effect]) -> None:
     request = client.requests.get(event.request_id)
     if isinstance(request, Lease):
         out.append(AnswerGrant(request))
+
+
+def hold_back(state: State, effects: list[Effect]) -> list[Effect]:
+    """Keep the answers to requests that have not been asked again; return all other effects."""
+    kept: list[Effect] = []
+    for effect in effects:
+        held = False
+        if isinstance(effect, AnswerDenial | AnswerError):
+            held = (effect.conn, effect.request_id) in state.unrepeated
+            client = state.clients.get(effect.conn)
+            if held and client is not None and client.repeats is not None:
+                client.repeats[effect.request_id] = effect
+        elif isinstance(effect, AnswerGrant):
+            held = (effect.lease.conn, effect.lease.request_id) in state.unrepeated
+        if not held:
+            kept.append(effect)
+    return kept
+
+
+def forget(state: State, client: Client) -> None:
+    """Await nothing more of a connection that has ended."""
+    if client.repeats:
+        for request_id in client.repeats:
+            assert request_id is None or isinstance(request_id, int | str)
+            state.unrepeated.discard((client.conn, request_id))
 
 
 def begin_holding(state: State, client: Client) -> None:
@@ -176,7 +202,7 @@ def _rebuild_client(state: State, row: ClientRow, out: list[Effect]) -> None:
 
 def _rebuild_lease(state: State, row: LeaseRow, least_ns: int, out: list[Effect]) -> None:
     parts = tuple(
-        Part(state.devices[part.uuid], part.memory_mb, part.claim_mb, part.charge_mb)
+        Part(_device(state, part), part.memory_mb, part.claim_mb, part.charge_mb)
         for part in row.parts
     )
     lease = Lease(
@@ -213,6 +239,15 @@ def _rebuild_lease(state: State, row: LeaseRow, least_ns: int, out: list[Effect]
         _set_drain(state, lease)
     else:
         _set_live(state, lease, row.revoke_ns)
+
+
+def _device(state: State, part: PartRow) -> Device:
+    device = state.devices.get(part.uuid)
+    if device is None:
+        assert not part.claim_mb, "bytes are booked on a GPU that was forgotten"
+        # Only its name is still wanted.
+        device = Device(DeviceFacts(part.uuid, part.place, "", 0), present=False)
+    return device
 
 
 def _set_live(state: State, lease: Lease, revoke_ns: int | None) -> None:
@@ -263,7 +298,9 @@ def _rebuild_waiter(state: State, row: WaiterRow) -> None:
     uid = client.peer.uid
     state.waiting_by_uid[uid] = state.waiting_by_uid.get(uid, 0) + 1
     state.deadlines.set((leases.WAIT, waiter.number), waiter.deadline_ns)
-    _allow_repeat(client, waiter.request_id, None)
+    if waiter.request_id is not None:
+        _allow_repeat(client, waiter.request_id, None)
+        state.unrepeated.add((client.conn, waiter.request_id))
 
 
 def _recall(state: State, row: OutcomeRow) -> None:

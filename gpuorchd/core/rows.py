@@ -40,9 +40,10 @@ class DeviceRow(NamedTuple):
 
 
 class PartRow(NamedTuple):
-    """A lease's share of one GPU. `claim_mb` is 0 once it is back."""
+    """A lease's share of one GPU. `claim_mb` is 0 once it is back; the GPU may be gone then."""
 
     uuid: DeviceUuid
+    place: int
     memory_mb: int
     claim_mb: int
     charge_mb: int

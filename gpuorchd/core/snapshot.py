@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from gpuorchd.core import leases, rows
 from gpuorchd.core.effects import Answer, AnswerDenial, AnswerPolicy, Commit, Effect
-from gpuorchd.core.model import Client, DeviceFacts, Lease, LeaseState, Waiter
+from gpuorchd.core.model import Client, DeviceFacts, Lease, LeaseState, Part, Waiter
 from gpuorchd.core.rows import ClientRow, DeviceRow, LeaseRow, OutcomeRow, PartRow, WaiterRow
 from gpuorchd.core.state import State
 
@@ -110,7 +110,7 @@ def lease_row(state: State, lease: Lease) -> LeaseRow:
         holder.uid,
         holder.unit,
         int(lease.priority),
-        tuple([PartRow(p.device.facts.uuid, p.memory_mb, p.claim_mb, p.charge_mb) for p in parts]),
+        tuple([_part_row(part) for part in parts]),
         parts[0].device.exclusive == lease.lease_id if len(parts) == 1 else _whole(lease),
         lease.granted_ns,
         lease.waited_ns,
@@ -122,6 +122,11 @@ def lease_row(state: State, lease: Lease) -> LeaseRow:
         lease.withheld,
         tuple(sorted(others)) if others else (),
     )
+
+
+def _part_row(part: Part) -> PartRow:
+    facts = part.device.facts
+    return PartRow(facts.uuid, facts.index, part.memory_mb, part.claim_mb, part.charge_mb)
 
 
 def _whole(lease: Lease) -> bool:

@@ -19,6 +19,7 @@ from gpuorchd.core.model import (
     Lease,
     LeaseId,
     ProcessKey,
+    RequestId,
     Token,
     Waiter,
 )
@@ -97,6 +98,9 @@ class State:
     holding_clients: int = 0
     # Draining leases do not count: these are live.
     live_leases: int = 0
+    # Waiting requests of an earlier daemon that have not been asked again: their answer waits too,
+    # because it would be given a second time when they are.
+    unrepeated: set[tuple[ConnectionId, RequestId]] = field(default_factory=set)
     # What changed in this turn and has to be recorded, by number or name.
     changed_leases: dict[int, Lease] = field(default_factory=dict)
     changed_waiters: dict[int, Waiter] = field(default_factory=dict)

@@ -240,7 +240,7 @@ class Books:
         for uuid, share in lease.shares.items():
             if share.least_mb == 0:
                 share.most_mb = 0
-                if not self._shown(uuid, lease):
+                if not self._shown(uuid, lease) and not self.seats[uuid].doubtful:
                     # Its processes are gone, which frees; what they left is to be read first.
                     self.seats[uuid].failed = True
         self.sweep()

@@ -331,6 +331,9 @@ class Stage:
         attached = frozenset(conn for conn, link in self.links.items() if link.arrived)
         kept = self.table.kept()
         self.submit(ev.Restored(kept, attached, frozenset(), RESTART_GRACE_NS))
+        for waiter in tuple(self.observer.waiting):
+            if waiter.request_id is not None:
+                self.submit(ev.RequestRepeated(waiter.conn, waiter.request_id))
         if self.driver_open:
             self._later_here(self.pace.probe_ns(), self._probed)
 
