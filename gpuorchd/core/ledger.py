@@ -125,17 +125,21 @@ def ancestor(state: State, device: Device, use: ProcessUse) -> Holder | None:
 
 
 def _sole_agent(state: State, device: Device, unit: str) -> Holder | None:
-    """The holder of a system service in which one agent alone holds leases, some of them here."""
-    found: Holder | None = None
+    """The holder of a system service in which one agent alone holds leases, some of them here.
+
+    Of several, the one with the oldest lease here, so that it does not depend on who came first.
+    """
+    found: Lease | None = None
     agents = set()
     for holder in state.holders.values():
         if holder.unit != unit:
             continue
         for lease_id, lease in holder.leases.items():
             agents.add(lease.ask.agent)
-            if found is None and lease_id in device.parts:
-                found = holder
-    return found if len(agents) == 1 else None
+            here = lease_id in device.parts
+            if here and (found is None or lease.number < found.number):
+                found = lease
+    return found.holder if found is not None and len(agents) == 1 else None
 
 
 def use_of(state: State, device: Device, process: ProcessKey) -> int:

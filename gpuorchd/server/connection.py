@@ -17,14 +17,15 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, cast
 
-from gpuorchd.core.events import ClientArrived, ClientLeft
 from gpuorchd.core.model import ConnectionId, Peer, RequestId
-from gpuorchd.server.credentials import Credentials, is_admin
+from gpuorchd.server.credentials import Credentials
 from gpuorchd.server.dispatch import find_repeated, handle
 from gpuorchd.server.faults import Fault, read_frame
 from gpuorchd.server.intake import Intake
+from gpuorchd.server.marker import MarkerWait
+from gpuorchd.server.outliving import Outliving, shut
 from gpuorchd.server.requests import AnyRequest
-from gpuorchd.server.speaker import LATE_OP, Speaker
+from gpuorchd.server.speaker import LATE_OP
 from libclient.wire import vocabulary as words
 from libclient.wire.framing import HEADER, HEADER_BYTES, WHOLE_FRAME_BYTES
 
@@ -40,14 +41,13 @@ DISCARD_BYTES: Final = 1_048_576
 _length_at = HEADER.unpack_from
 
 
-class Connection(Speaker, asyncio.BufferedProtocol):
+class Connection(Outliving, asyncio.BufferedProtocol):
     """One accepted connection. `refusal` is set on one that is over a bound: it is told so.
 
     `on_lost` is called once, when the loop has let go of a connection that it had taken in.
     """
 
     __slots__ = (
-        "_admin",
         "_again",
         "_closing",
         "_deferred_id",
@@ -59,15 +59,10 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         "_shut",
         "_transport",
         "_watched",
-        "arrived",
-        "credentials",
         "deferred",
         "ended",
-        "fd",
-        "peer",
         "refusal",
         "sealed",
-        "sock",
     )
 
     def __init__(
@@ -79,14 +74,8 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         on_lost: Callable[[Connection], None],
         refusal: str | None = None,
     ) -> None:
-        super().__init__(board, number, sock.fileno())
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.credentials = credentials
+        super().__init__(board, number, sock, credentials)
         self.refusal = refusal
-        # Known once the process was identified, which is when the core has heard of it.
-        self.peer: Peer | None = None
-        self.arrived = False
         self.ended = False
         self.sealed = False
         self._on_lost = on_lost
@@ -105,7 +94,6 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         self._discarded = 0
         # Another look at the input is due in the loop's next turn.
         self._again = False
-        self._admin: bool | None = None
 
     # What the loop calls.
 
@@ -135,10 +123,13 @@ class Connection(Speaker, asyncio.BufferedProtocol):
             board.busy = None
             board.flush()
             if not self._direct or self.outbox.unsent_bytes:
+                self.behind += 1
                 self._adjust(starved=True)
             return
         if self._closing or self.sealed:
             self._discard(nbytes)
+        elif self.marker is not None:
+            self._await_marker(self.marker, bytes(view[:nbytes]))
         elif not self.ended:
             self._intake.feed(bytes(view[:nbytes]))
             if self._intake.is_text and not self.is_text:
@@ -168,6 +159,8 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         """Send on, and take more requests once enough has left."""
         self.outbox.flush()
         self._flushed()
+        if not self.outbox.unsent_bytes:
+            self.behind = 0
         if not self.ended and self.outbox.unsent_bytes <= self.bound_bytes // 2:
             self.catch_up()
             self._run()
@@ -197,26 +190,29 @@ class Connection(Speaker, asyncio.BufferedProtocol):
             if self.board.busy is not self:
                 self._run_soon()
 
+    def go_on(self) -> None:
+        """Take further requests: the deferred one waits for nothing that they could overtake."""
+        self.deferred = False
+        self.op = LATE_OP
+        self._run_soon()
+
+    def resume(self, peer: Peer | None, *, sealed: bool) -> None:
+        """Go on with a connection that outlived a daemon; `peer` None: it holds nothing yet."""
+        self.peer = peer
+        self.arrived = peer is not None
+        self.keep()
+        if sealed:
+            self.seal_told = True
+            self.seal()
+        else:
+            self._intake = Intake(frames=True)
+            self.greet()
+
     def seal(self) -> None:
         """Send nothing after what is in the outbox, and throw away what comes in."""
         self.sealed = self.muted = True
         self._direct = False
         self.drop_subscriptions()
-
-    def identify(self) -> Peer:
-        """Find out who the peer is, and tell the core of it; once for a connection."""
-        if self.peer is None:
-            self.peer = self.board.services.identify(self.fd)
-            self.arrived = True
-            self.board.engine.submit(ClientArrived(self.number, self.peer))
-        return self.peer
-
-    def is_admin(self) -> bool:
-        """Whether the peer may use admin ops."""
-        if self._admin is None:
-            gid = self.board.options.admin_gid
-            self._admin = is_admin(self.credentials, self.sock, gid)
-        return self._admin
 
     def flush(self) -> None:
         """Send what was put, as far as the kernel takes it."""
@@ -224,7 +220,7 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         if outbox.blocked:
             # The watch tells when it can go on: trying before is a wasted call.
             return
-        if not outbox.flush() or self._watched or self._closing:
+        if not outbox.flush() or self._watched or self._closing or self.sealed:
             self._flushed()
 
     def _flushed(self) -> None:
@@ -232,6 +228,8 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         outbox = self.outbox
         if outbox.blocked or self._watched:
             self._watch()
+        if self.sealed and not outbox.unsent_bytes and not self.ended:
+            self.tell_sealed()
         if outbox.broken:
             self._abort()
         elif self._closing and not outbox.unsent_bytes and not self.ended:
@@ -242,10 +240,12 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         self._closing = self.muted = True
         self._direct = False
         self.drop_subscriptions()
-        self._leave()
+        self.leave()
 
     def close(self) -> None:
         """End the connection now; what is unsent is lost."""
+        if self.kept and not self.ended:
+            shut(self.sock)
         self.end()
         self._abort()
 
@@ -260,7 +260,9 @@ class Connection(Speaker, asyncio.BufferedProtocol):
             self._watched = False
             self.board.watch.drop(self.fd)
         self.drop_subscriptions()
-        self._leave()
+        if self.kept:
+            self.leave_store()
+        self.leave()
 
     # Taking requests.
 
@@ -276,11 +278,23 @@ class Connection(Speaker, asyncio.BufferedProtocol):
                 break
             self._take(request)
             taken += 1
+            self.behind += 1
             if self.outbox.unsent_bytes > WHOLE_FRAME_BYTES and not self.outbox.blocked:
-                self.outbox.flush()
+                self.flush()
         board.busy = None
         board.flush()
+        if not self.outbox.unsent_bytes:
+            self.behind = 0
         self._adjust(starved=starved)
+
+    def _await_marker(self, marker: MarkerWait, data: bytes) -> None:
+        rest = marker.feed(data)
+        if rest is None:
+            return
+        self.marker = None
+        if rest:
+            self._intake.feed(rest)
+        self._run()
 
     def _run_soon(self) -> None:
         if not self._again:
@@ -307,6 +321,9 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         if self._closing or self.ended or self.sealed or self.deferred:
             return True
         unsent_bytes = self.outbox.unsent_bytes
+        if self.kept and self.behind >= REQUESTS_PER_TURN and unsent_bytes:
+            # As many answers are remembered as may have to be given again.
+            return True
         return unsent_bytes > 0 and unsent_bytes > self.bound_bytes
 
     def _adjust(self, *, starved: bool) -> None:
@@ -350,13 +367,8 @@ class Connection(Speaker, asyncio.BufferedProtocol):
     def _finish_text(self) -> None:
         self._closing = True
         # The core answers those who wait before it forgets the connection.
-        self._leave()
+        self.leave()
         self._flushed()
-
-    def _leave(self) -> None:
-        if self.arrived:
-            self.arrived = False
-            self.board.submit(ClientLeft(self.number))
 
     def _shut_output(self) -> None:
         """Everything is with the kernel: say so, and give the peer some time to close."""

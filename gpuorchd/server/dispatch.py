@@ -16,8 +16,10 @@ from gpuorchd.core.events import (
     CordonAsked,
     LeaseAsked,
     PolicyChangeAsked,
+    ReattachAsked,
     ReleaseAsked,
     RenewAsked,
+    RequestRepeated,
     RevokeAsked,
     SealAsked,
 )
@@ -30,6 +32,7 @@ from gpuorchd.server.requests import BY_OP, AnyRequest, ask_of
 from gpuorchd.server.services import PeerNotTaken
 from gpuorchd.server.speaker import LATE_OP
 from gpuorchd.server.subscriptions import Subscription, wanted_by
+from gpuorchd.server.tokens import digest_of
 from libclient.wire import vocabulary as words
 
 if TYPE_CHECKING:
@@ -54,6 +57,9 @@ def handle(board: Switchboard, conn: Connection, request: AnyRequest) -> None:
             return
     elif conn.arrived:
         client = state.clients.get(conn.number)
+        if client is not None and client.repeats and request_id in client.repeats:
+            _repeat(board, conn, request_id)
+            return
         if client is not None and request_id in client.requests:
             conn.refuse(repeated_id(request_id, op))
             return
@@ -67,14 +73,24 @@ def handle(board: Switchboard, conn: Connection, request: AnyRequest) -> None:
         )
         conn.refuse(Fault(words.FORBIDDEN, message, "op", request_id, op))
     else:
-        try:
-            handler(board, conn, request)
-        except PeerNotTaken as error:
-            conn.refuse(Fault(error.code, str(error), None, request_id, op))
-        except Exception as error:  # a bug, wherever it is: no peer can bring one about
-            board.bug(conn, request_id, error)
+        _carry_out(board, conn, request, handler)
     if not conn.deferred:
         conn.op = LATE_OP
+
+
+def _carry_out(board: Switchboard, conn: Connection, request: AnyRequest, handler: Handler) -> None:
+    try:
+        handler(board, conn, request)
+    except PeerNotTaken as error:
+        conn.refuse(Fault(error.code, str(error), None, request.id, conn.op))
+    except Exception as error:  # a bug, wherever it is: no peer can bring one about
+        board.bug(conn, request.id, error)
+
+
+def _repeat(board: Switchboard, conn: Connection, request_id: RequestId) -> None:
+    """Answer again what an earlier daemon may have answered: nothing is done twice."""
+    board.engine.submit(RequestRepeated(conn.number, request_id))
+    conn.op = LATE_OP
 
 
 def find_repeated(
@@ -96,10 +112,54 @@ def _bad_request(conn: Connection, request_id: RequestId, field: str, message: s
 
 
 def _lease(board: Switchboard, conn: Connection, request: asked.Lease) -> None:
+    if board.services.keeping is None or _is_kept(board, conn, request, _ask):
+        _ask(board, conn, request)
+
+
+def _ask(board: Switchboard, conn: Connection, request: asked.Lease) -> None:
     if conn.peer is None:
         conn.identify()
     ask = ask_of(request)
     board.engine.submit(LeaseAsked(conn.number, request.id, ask, board.tokens.take()))
+
+
+def _is_kept(
+    board: Switchboard,
+    conn: Connection,
+    request: asked.Lease | asked.Reattach,
+    then: Handler,
+) -> bool:
+    """Whether what is asked can be granted so that it outlives the daemon.
+
+    Where its connection has to go into the store first, `then` goes on with the request afterwards.
+    """
+    keeping = board.services.keeping
+    assert keeping is not None
+    refusal = keeping.refusal(conn.kept or conn.is_text)
+    if refusal is not None:
+        conn.refuse(Fault(words.LIMIT, refusal, None, request.id, conn.op))
+        return False
+    if conn.kept or conn.is_text or not keeping.has_store:
+        return True
+    op = conn.op
+
+    def stored(reason: str | None) -> None:
+        if conn.ended:
+            return
+        conn.op = op
+        if reason is None:
+            _carry_out(board, conn, request, then)
+        else:
+            conn.kept = False
+            conn.refuse(Fault(words.LIMIT, reason, None, request.id, op))
+        conn.go_on()
+        board.flush()
+
+    conn.keep()
+    # Nothing behind it is taken before it: the order of requests stays.
+    conn.defer(request.id)
+    keeping.keep(conn.number, conn.fd, stored)
+    return False
 
 
 def _release(board: Switchboard, conn: Connection, request: asked.Release) -> None:
@@ -111,9 +171,14 @@ def _renew(board: Switchboard, conn: Connection, request: asked.Renew) -> None:
 
 
 def _reattach(board: Switchboard, conn: Connection, request: asked.Reattach) -> None:
-    # No lease outlives a daemon yet.
-    message = "no lease with this token waits for its owner"
-    conn.refuse(Fault(words.UNKNOWN_TOKEN, message, "token", request.id, conn.op))
+    if board.services.keeping is None or _is_kept(board, conn, request, _take_back):
+        _take_back(board, conn, request)
+
+
+def _take_back(board: Switchboard, conn: Connection, request: asked.Reattach) -> None:
+    conn.identify()
+    token = Token(request.token)
+    board.engine.submit(ReattachAsked(conn.number, request.id, token, digest_of(token)))
 
 
 def _cancel(board: Switchboard, conn: Connection, request: asked.Cancel) -> None:

@@ -26,8 +26,11 @@ class Intake:
 
     __slots__ = ("_splitter", "has_ended")
 
-    def __init__(self) -> None:
+    def __init__(self, *, frames: bool = False) -> None:
+        """`frames`: the connection speaks frames already."""
         self._splitter: FrameSplitter | LineSplitter | None = None
+        if frames:
+            self._splitter = FrameSplitter(MAX_REQUEST_BYTES)
         # No more bytes will come; what is left is the last line.
         self.has_ended = False
 

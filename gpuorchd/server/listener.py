@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from collections.abc import Mapping
 from typing import Final
 
 from gpuorchd.core.model import ConnectionId
+from gpuorchd.core.state import State
 from gpuorchd.engine import Engine
 from gpuorchd.server.connection import Connection
 from gpuorchd.server.credentials import Credentials, credentials_of
@@ -65,6 +67,29 @@ class Server:
     def unsent_bytes(self) -> int:
         """Bytes of replies and events that kernels do not take, over all connections."""
         return self._board.unsent.total_bytes
+
+    def resume(
+        self, stored: Mapping[ConnectionId, socket.socket], state: State, first_number: int
+    ) -> None:
+        """Go on with connections that outlived a daemon; what they hold is in `state`.
+
+        New ones are numbered from `first_number`. Their sockets are taken over.
+        """
+        self._next_number = first_number
+        for number, sock in stored.items():
+            client = state.clients.get(number)
+            sock.setblocking(False)
+            connection = Connection(
+                self._board, number, sock, credentials_of(sock), self._lost, None
+            )
+            self._count(connection, 1)
+            # What the core says meanwhile reaches it.
+            self._board.connected(connection)
+            connection.resume(
+                None if client is None else client.peer,
+                sealed=client is not None and client.sealed and client.seal_told,
+            )
+            self._begin(connection)
 
     def serve(self, listening: socket.socket) -> None:
         """Begin to accept on a listening Unix stream socket, which stays the caller's."""
@@ -136,6 +161,10 @@ class Server:
         self._next_number += 1
         connection = Connection(self._board, number, sock, credentials, self._lost, refusal)
         self._count(connection, 1)
+        self._begin(connection)
+
+    def _begin(self, connection: Connection) -> None:
+        sock = connection.sock
         task = self._loop.create_task(self._loop.connect_accepted_socket(lambda: connection, sock))
         self._opening.add(task)
         task.add_done_callback(lambda done: self._opened(done, connection))
@@ -146,6 +175,8 @@ class Server:
         if not task.cancelled() and error is None:
             return
         # It never came to life: nobody will report its end.
+        connection.end()
+        self._board.disconnected(connection)
         connection.sock.close()
         self._count(connection, -1)
         if isinstance(error, Exception) and not isinstance(error, OSError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from libclient.wire.framing import WHOLE_FRAME_BYTES
@@ -40,10 +41,12 @@ class Outbox:
         "_chunks",
         "_counted",
         "_fd",
+        "_large",
         "_sent",
         "_shared",
         "blocked",
         "broken",
+        "guard",
         "unsent_bytes",
     )
 
@@ -60,6 +63,10 @@ class Outbox:
         self.blocked = False
         # The peer is gone: nothing will ever be sent again.
         self.broken = False
+        # Told before a part of a frame may leave, and when none is out any more. Only frames over
+        # `WHOLE_FRAME_BYTES` are ever cut.
+        self.guard: Callable[[bool], None] | None = None
+        self._large = False
 
     @property
     def partial(self) -> bool:
@@ -69,6 +76,9 @@ class Outbox:
     def put(self, data: bytes) -> None:
         """Add one frame or line."""
         self._chunks.append(data)
+        if self.guard is not None and len(data) > WHOLE_FRAME_BYTES and not self._large:
+            self._large = True
+            self.guard(True)
         self.unsent_bytes += len(data)
         if self.blocked:
             self._count()
@@ -84,7 +94,7 @@ class Outbox:
             if len(chunks) == 1 and not self._sent:
                 # Nearly always: one reply, taken whole.
                 taken = _write(self._fd, chunks[0])
-                if taken == self.unsent_bytes and not self._counted:
+                if taken == self.unsent_bytes and not self._counted and not self._large:
                     chunks.clear()
                     self.unsent_bytes = 0
                     return True
@@ -110,6 +120,9 @@ class Outbox:
             self.broken = True
             return False
         self.blocked = bool(chunks)
+        if self._large and not self.blocked and self.guard is not None:
+            self._large = False
+            self.guard(False)
         if self.blocked or self._counted:
             self._count()
         return not self.blocked

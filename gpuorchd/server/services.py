@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from gpuorchd.core.model import DeviceUuid, Peer, ProcessKey, RequestId
 from gpuorchd.views import DeviceStatus, Telemetry
@@ -18,6 +19,29 @@ class PeerNotTaken(Exception):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Keeping(Protocol):
+    """What lets leases outlive the daemon: a table, and a store of connections where there is one.
+
+    All of it returns at once.
+    """
+
+    @property
+    def has_store(self) -> bool:
+        """Whether connections outlive this process."""
+
+    def refusal(self, stored: bool) -> str | None:
+        """Say why no new lease or wait could be kept, None where one can."""
+
+    def keep(self, conn: int, fd: int, then: Callable[[str | None], None]) -> None:
+        """Put a connection into the store, then call with None or why it is not there."""
+
+    def drop(self, conn: int) -> None:
+        """Forget a connection that has ended, or is about to be closed."""
+
+    def mark_half_sent(self, conn: int, on: bool) -> None:
+        """Note that a part of a frame may be about to leave, or that no part of one is out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +65,8 @@ class Services:
     # A bug met while handling a request (op, id): log it and stop the daemon. The request has been
     # answered `internal`.
     on_bug: Callable[[Exception, str, RequestId], None]
+    # None: nothing outlives the daemon.
+    keeping: Keeping | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Final
 
@@ -10,6 +11,11 @@ from gpuorchd.core.model import Token
 TOKEN_BYTES: Final = 16
 # One call to the kernel for this many tokens.
 POOL_TOKENS: Final = 256
+
+
+def digest_of(token: Token) -> Token:
+    """Give the name under which a token is kept where the token itself must not be."""
+    return Token("sha256:" + hashlib.sha256(token.encode()).hexdigest())
 
 
 class TokenPool:
