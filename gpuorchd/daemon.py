@@ -11,6 +11,7 @@ closed, and the socket's name goes last: nobody takes it while something of this
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import os
 import pwd
@@ -33,16 +34,19 @@ from gpuorchd.devices.processes import ProcessWatch
 from gpuorchd.devices.simulated import SimulatedDevices
 from gpuorchd.devices.telemetry import DeviceSource, attach_source
 from gpuorchd.engine import Engine
+from gpuorchd.host.http_port import HttpPort, choose_http_port
 from gpuorchd.host.lifecycle import Lifecycle
 from gpuorchd.host.limits import fit_open_files
 from gpuorchd.host.settings_file import KeptSettings
 from gpuorchd.host.settings_store import SettingsStore
-from gpuorchd.host.socket_file import claim_socket
+from gpuorchd.host.socket_file import PassedSocket
 from gpuorchd.host.start import EXIT_BUG, StartError
+from gpuorchd.host.supervisor import Supervisor, served_socket
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
 from gpuorchd.server.listener import Server
 from gpuorchd.server.services import Options, PeerNotTaken, Services
+from gpuorchd.supervised import Supervised
 from libclient.version import VERSION
 from libclient.wire.vocabulary import FORBIDDEN, LIMIT
 
@@ -50,30 +54,39 @@ from libclient.wire.vocabulary import FORBIDDEN, LIMIT
 EPOCH_BYTES = 8
 
 
-def run_daemon(read: ReadConfig) -> int:
+def run_daemon(read: ReadConfig, supervisor: Supervisor) -> int:
     """Run until a signal or a bug ends it; return the exit code.
 
-    Raises `StartError` where it cannot start; nothing of it is left behind then.
+    What `supervisor` passed is closed at the end. Raises `StartError` where it cannot start;
+    nothing of it is left behind then.
     """
     began_ns = time.monotonic_ns()
     config = read.config
     log = Log(form=config.log_format.value, level=config.log_level.value)
     for warning in read.warnings:
         log.event("config.value_warned", warning=warning)
+    for problem in supervisor.problems:
+        log.event("host.passed_unusable", problem=problem)
+    if supervisor.notifier.watchdog_period_s is not None:
+        # The watchdog's signal then leaves in the log where it hung.
+        faulthandler.enable()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_live(config, log, began_ns))
+            return runner.run(_live(read, supervisor, log, began_ns))
     finally:
+        supervisor.inherited.close()
+        supervisor.notifier.close()
         log.close()
 
 
-async def _live(config: Config, log: Log, began_ns: int) -> int:
+async def _live(read: ReadConfig, supervisor: Supervisor, log: Log, began_ns: int) -> int:
     loop = asyncio.get_running_loop()
     lifecycle = Lifecycle(loop, log.event)
     lifecycle.install()
     try:
         async with AsyncExitStack() as closing:
-            daemon = Daemon(_fit(config, log), log, lifecycle, closing)
+            fitted = read._replace(config=_fit(read.config, log))
+            daemon = Daemon(fitted, supervisor, log, lifecycle, closing)
             daemon.start()
             daemon.tell_started(began_ns)
             code = await lifecycle.ended
@@ -116,20 +129,29 @@ class Daemon:
     """The rooms of one daemon. Every room that is opened puts its closing on `closing`."""
 
     def __init__(
-        self, config: Config, log: Log, lifecycle: Lifecycle, closing: AsyncExitStack
+        self,
+        read: ReadConfig,
+        supervisor: Supervisor,
+        log: Log,
+        lifecycle: Lifecycle,
+        closing: AsyncExitStack,
     ) -> None:
-        self._config = config
+        self._config = config = read.config
+        self._sources = read.sources
+        self._supervisor = supervisor
         self._log = log
         self._lifecycle = lifecycle
         self._closing = closing
         self._loop = asyncio.get_running_loop()
-        self._socket = claim_socket(config.socket, config.socket_mode, config.socket_group)
+        self._socket = served_socket(supervisor, config)
         closing.callback(self._socket.release)
         assert config.state_dir is not None, "reading the configuration fills it in"
         self._store = SettingsStore(config.state_dir, config.safe_mode, log.event)
         closing.push_async_callback(self._store.close)
         self._engine = Engine(_machine(config, self._store.open()), self._loop)
         closing.callback(self._engine.close)
+        self._supervised = Supervised(supervisor.notifier, self._engine, self._loop)
+        closing.callback(self._supervised.stop)
         self._processes = ProcessWatch(self._engine, self._loop)
         closing.callback(self._processes.close)
         self._source = _device_source(config, self._engine, self._loop, log)
@@ -138,7 +160,10 @@ class Daemon:
     def start(self) -> None:
         """Let every room register, then answer, then look for GPUs and load the rest."""
         engine = self._engine
-        observers = Observers(self._config, engine, self._source, self._store, self._log)
+        http = self._http_port()
+        observers = Observers(
+            self._config, engine, self._source, self._store, self._log, http, self._socket.path
+        )
         server = Server(engine, self._services(observers), self._options(), self._loop)
         engine.on(PersistSettings, lambda effect: self._store.persist(effect, engine.submit))
         attach_source(engine, self._source)
@@ -146,6 +171,7 @@ class Daemon:
         observers.register(server)
         self._closing.push_async_callback(server.stop)
         server.serve(self._socket.listener)
+        self._supervised.start()
         if not engine.state.safe_mode:
             self._source.open()
         # What is here now stays: the collector need not look at it again and again.
@@ -163,18 +189,30 @@ class Daemon:
             version=VERSION,
             epoch=state.settings.epoch,
             pid=os.getpid(),
-            socket=str(self._config.socket),
+            socket=str(self._socket.path),
             safe_mode=state.safe_mode,
             start_s=(time.monotonic_ns() - began_ns) / 1e9,
         )
 
     def ask_to_stop(self) -> None:
         """Let the core answer those who wait and tell those who hold."""
+        self._supervised.tell_stopping()
         self._engine.submit(StopAsked())
 
     def release_socket(self) -> None:
         """Give the socket's name up, when the rest of the end has taken too long."""
         self._socket.release()
+
+    def _http_port(self) -> HttpPort:
+        inherited = self._supervisor.inherited
+        # Whoever serves it closes it.
+        metrics, inherited.metrics = inherited.metrics, None
+        return choose_http_port(
+            self._config.http_port,
+            is_set="http_port" in self._sources,
+            passed=metrics,
+            under_manager=isinstance(self._socket, PassedSocket),
+        )
 
     def _options(self) -> Options:
         config = self._config
