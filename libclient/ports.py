@@ -41,9 +41,9 @@ def parse(text: str) -> tuple[Entry, ...]:
             entries.append(_entry(number, line))
     for what, values in (
         ("name", [entry.name for entry in entries]),
-        ("port", [entry.port for entry in entries]),
+        ("port", [str(entry.port) for entry in entries]),
     ):
-        twice = sorted({str(value) for value in values if values.count(value) > 1})
+        twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
             raise PortMapError(f"{what} {', '.join(twice)} stands in the port map more than once")
     daemons = [entry.name for entry in entries if entry.kind == DAEMON]
