@@ -41,14 +41,15 @@ class _Parser(argparse.ArgumentParser):
 
 def read_command_line(argv: Sequence[str], version: str) -> CommandLine:
     """Read flags. Exits by itself for `--help` and `--version` (0) and unknown flags (2)."""
-    given = vars(_parser(version).parse_args(argv))
+    given = vars(parser(version).parse_args(argv))
     check_config = bool(given.pop("check_config"))
     flags = {name: text for name, text in given.items() if text is not None}
     return CommandLine(flags, check_config)
 
 
-def _parser(version: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser(version: str) -> argparse.ArgumentParser:
+    """Build the parser of all flags, from the table of settings."""
+    whole = _Parser(
         prog="gpuorchd",
         usage="gpuorchd [FLAG ...]",
         description="Lease GPU memory to local processes over a Unix socket.",
@@ -56,8 +57,8 @@ def _parser(version: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"gpuorchd {version}")
-    parser.add_argument(
+    whole.add_argument("--version", action="version", version=f"gpuorchd {version}")
+    whole.add_argument(
         "--check-config",
         action="store_true",
         help="print the effective configuration as JSON and exit",
@@ -65,7 +66,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
     sections: dict[str, argparse._ArgumentGroup] = {}
     for row in TABLE:
         if row.section not in sections:
-            sections[row.section] = parser.add_argument_group(row.section)
+            sections[row.section] = whole.add_argument_group(row.section)
         bare = {"nargs": "?", "const": "true"} if row.kind is FLAG else {}
         sections[row.section].add_argument(
             row.flag,
@@ -74,7 +75,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
             help=_help(row),
             **bare,  # type: ignore[arg-type]  # argparse's overloads do not know that the keys go together
         )
-    return parser
+    return whole
 
 
 def _help(row: Setting) -> str:

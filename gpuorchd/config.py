@@ -36,6 +36,7 @@ from gpuorchd.host.kinds import (
     seconds,
     whole,
 )
+from libclient.ports import daemon_port
 from libclient.wire.vocabulary import DEFAULT_SOCKET, SOCKET_VARIABLE
 
 T = TypeVar("T")
@@ -174,7 +175,7 @@ class Config:
     )
     http_port: int = setting(
         "HTTP", "GPU_ORCHESTRATOR_PORT", "--http-port",
-        whole(0, 65_535, meaning=" (0: no HTTP)"), 8014,
+        whole(0, 65_535, meaning=" (0: no HTTP)"), daemon_port(),
         "the port of 127.0.0.1 with metrics, health and read-only state; 0: none",
     )
     max_connections: int = setting(

@@ -19,7 +19,8 @@ BEGIN = "<!-- settings: made from gpuorchd/config.py -->"
 END = "<!-- end of settings -->"
 
 EXAMPLE_HEADER = """\
-# Environment of gpuorchd: copy to /etc/justnews/gpu_orchestrator.env and uncomment what differs.
+# Environment of gpuorchd: uncomment what differs. `make install` puts this file to
+# @SYSCONFDIR@/justnews/gpu_orchestrator.env, where there is none yet.
 #
 # Every line that is commented out shows the default; one without a value is unset by default. A
 # flag on the command line goes before a variable, and a variable that is set to nothing counts as
@@ -55,7 +56,9 @@ def env_example() -> str:
             parts.append(f"# --- {section} ---\n")
         text = f"{row.help[0].upper()}{row.help[1:]}. Takes {row.kind.allowed}."
         comment = textwrap.fill(text, 96, initial_indent="# ", subsequent_indent="# ")
-        parts.append(f"{comment}\n#{row.variable}={row.shown_default}\n")
+        # The port stands in the port map alone: `make install` writes it here.
+        shown = "@PORT@" if row.name == "http_port" else row.shown_default
+        parts.append(f"{comment}\n#{row.variable}={shown}\n")
     return "\n".join(parts)
 
 
