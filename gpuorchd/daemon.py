@@ -21,11 +21,13 @@ from dataclasses import replace
 
 import uvloop
 
-from gpuorchd.config import Config, ReadConfig
+from gpuorchd.config import Config
+from gpuorchd.config_reading import ReadConfig
 from gpuorchd.core.effects import PersistSettings
-from gpuorchd.core.events import StopAsked
+from gpuorchd.core.events import ConfigurationRead, PolicyChangeAsked, StopAsked
 from gpuorchd.core.machine import Machine
-from gpuorchd.core.model import Peer, ProcessKey, RequestId
+from gpuorchd.core.model import ConnectionId, Peer, ProcessKey, RequestId
+from gpuorchd.core.settings import SAFE_MODE
 from gpuorchd.core.state import Settings
 from gpuorchd.devices.mps import MpsWatch
 from gpuorchd.devices.nvml import NvmlDevices, ProbeOptions
@@ -41,6 +43,7 @@ from gpuorchd.host.socket_file import claim_socket
 from gpuorchd.host.start import EXIT_BUG, StartError
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
+from gpuorchd.reloading import Reloading
 from gpuorchd.server.listener import Server
 from gpuorchd.server.services import Options, PeerNotTaken, Services
 from libclient.version import VERSION
@@ -48,6 +51,8 @@ from libclient.wire.vocabulary import FORBIDDEN, LIMIT
 
 # Names the lease table: 64 bits are not guessed and not met twice.
 EPOCH_BYTES = 8
+# Who asks for what a reload brings: no connection has this number, so nobody is answered.
+NOBODY = ConnectionId(0)
 
 
 def run_daemon(read: ReadConfig) -> int:
@@ -62,18 +67,18 @@ def run_daemon(read: ReadConfig) -> int:
         log.event("config.value_warned", warning=warning)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_live(config, log, began_ns))
+            return runner.run(_live(read, log, began_ns))
     finally:
         log.close()
 
 
-async def _live(config: Config, log: Log, began_ns: int) -> int:
+async def _live(read: ReadConfig, log: Log, began_ns: int) -> int:
     loop = asyncio.get_running_loop()
     lifecycle = Lifecycle(loop, log.event)
     lifecycle.install()
     try:
         async with AsyncExitStack() as closing:
-            daemon = Daemon(_fit(config, log), log, lifecycle, closing)
+            daemon = Daemon(read, log, lifecycle, closing)
             daemon.start()
             daemon.tell_started(began_ns)
             code = await lifecycle.ended
@@ -116,9 +121,10 @@ class Daemon:
     """The rooms of one daemon. Every room that is opened puts its closing on `closing`."""
 
     def __init__(
-        self, config: Config, log: Log, lifecycle: Lifecycle, closing: AsyncExitStack
+        self, read: ReadConfig, log: Log, lifecycle: Lifecycle, closing: AsyncExitStack
     ) -> None:
-        self._config = config
+        self._config = config = _fit(read.config, log)
+        self._reloading = Reloading(read, self._take, log.event)
         self._log = log
         self._lifecycle = lifecycle
         self._closing = closing
@@ -139,11 +145,13 @@ class Daemon:
         """Let every room register, then answer, then look for GPUs and load the rest."""
         engine = self._engine
         observers = Observers(self._config, engine, self._source, self._store, self._log)
-        server = Server(engine, self._services(observers), self._options(), self._loop)
+        self._server = server = Server(
+            engine, self._services(observers), _options(self._config), self._loop
+        )
         engine.on(PersistSettings, lambda effect: self._store.persist(effect, engine.submit))
         attach_source(engine, self._source)
         self._processes.attach(engine)
-        observers.register(server)
+        observers.register(server, self._reloading.check)
         self._closing.push_async_callback(server.stop)
         server.serve(self._socket.listener)
         if not engine.state.safe_mode:
@@ -154,6 +162,7 @@ class Daemon:
         self._log.start(self._loop)
         self._closing.push_async_callback(observers.stop)
         observers.start(self._loop, self._lifecycle.fail)
+        self._lifecycle.on_hangup(self._reloading.reload)
 
     def tell_started(self, began_ns: int) -> None:
         """Log that the daemon answers."""
@@ -176,17 +185,21 @@ class Daemon:
         """Give the socket's name up, when the rest of the end has taken too long."""
         self._socket.release()
 
-    def _options(self) -> Options:
-        config = self._config
-        return Options(
-            version=VERSION,
-            admin_gid=config.admin_group,
-            connections=config.max_connections,
-            connections_per_uid=config.max_connections_per_uid,
-            subscriptions_per_connection=config.max_subscriptions_per_connection,
-            unsent_bytes_per_connection=config.max_unsent_bytes_per_connection,
-            unsent_bytes=config.max_unsent_bytes,
+    def _take(self, config: Config, changed: frozenset[str]) -> None:
+        """Put in force what a reload has changed."""
+        self._config = config = _fit(config, self._log)
+        self._log.set_level(config.log_level.value)
+        self._server.set_options(_options(config))
+        if isinstance(self._source, NvmlDevices):
+            self._source.set_options(_probe_options(config))
+        self._engine.submit(
+            ConfigurationRead(config.limits, config.ttl_ns, config.reading_max_age_ns)
         )
+        if "safe_mode" in changed:
+            self._store.see_safe_mode(config.safe_mode)
+            if config.safe_mode is not None:
+                changes = {SAFE_MODE: config.safe_mode}
+                self._engine.submit(PolicyChangeAsked(NOBODY, None, changes, None, {}))
 
     def _services(self, observers: Observers) -> Services:
         return Services(
@@ -229,6 +242,18 @@ class Daemon:
         self._lifecycle.fail(f"request {request_id!r}, op {op}", error)
 
 
+def _options(config: Config) -> Options:
+    return Options(
+        version=VERSION,
+        admin_gid=config.admin_group,
+        connections=config.max_connections,
+        connections_per_uid=config.max_connections_per_uid,
+        subscriptions_per_connection=config.max_subscriptions_per_connection,
+        unsent_bytes_per_connection=config.max_unsent_bytes_per_connection,
+        unsent_bytes=config.max_unsent_bytes,
+    )
+
+
 def _machine(config: Config, kept: KeptSettings) -> Machine:
     settings = Settings(
         epoch=secrets.token_hex(EPOCH_BYTES),
@@ -253,13 +278,16 @@ def _device_source(
     if config.simulate is not None:
         cards_mb = (config.simulate.memory_mb,) * config.simulate.cards
         return SimulatedDevices(engine, cards_mb, config.simulate_drain_s, mps)
-    options = ProbeOptions(
+    return NvmlDevices(engine, loop, _probe_options(config), mps, log.event)
+
+
+def _probe_options(config: Config) -> ProbeOptions:
+    return ProbeOptions(
         telemetry=config.enable_nvml is not False,
         required=config.enable_nvml is True,
         period_s=config.sample_period_s,
         deadline_s=config.nvml_deadline_s,
     )
-    return NvmlDevices(engine, loop, options, mps, log.event)
 
 
 def _resolve_user(name: str) -> int | None:
