@@ -11,7 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from gpuorchd.command_line import read_command_line
-from gpuorchd.config import ConfigError, effective, read_config
+from gpuorchd.config import ConfigError
+from gpuorchd.config_reading import Inputs, effective
+from gpuorchd.host.env_file import EnvFileError
 from gpuorchd.host.start import EXIT_CANNOT_START, EXIT_USAGE, StartError
 from gpuorchd.host.supervisor import meet_supervisor
 from libclient.version import VERSION
@@ -22,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     supervisor = meet_supervisor(os.environ)
     asked = read_command_line(sys.argv[1:] if argv is None else argv, VERSION)
     try:
-        read = read_config(asked.flags, os.environ)
-    except ConfigError as error:
+        read = Inputs(asked.flags, dict(os.environ), asked.env_file).read()
+    except (ConfigError, EnvFileError) as error:
         return _refuse(error, EXIT_USAGE)
     if asked.check_config:
         for warning in read.warnings:

@@ -22,11 +22,13 @@ from dataclasses import replace
 
 import uvloop
 
-from gpuorchd.config import Config, ReadConfig
+from gpuorchd.config import Config
+from gpuorchd.config_reading import ReadConfig
 from gpuorchd.core.effects import PersistSettings
-from gpuorchd.core.events import StopAsked
+from gpuorchd.core.events import ConfigurationRead, PolicyChangeAsked, StopAsked
 from gpuorchd.core.machine import Machine
-from gpuorchd.core.model import Peer, ProcessKey, RequestId
+from gpuorchd.core.model import ConnectionId, Peer, ProcessKey, RequestId
+from gpuorchd.core.settings import SAFE_MODE
 from gpuorchd.core.state import Settings
 from gpuorchd.devices.mps import MpsWatch
 from gpuorchd.devices.nvml import NvmlDevices, ProbeOptions
@@ -44,6 +46,7 @@ from gpuorchd.host.start import EXIT_BUG, StartError
 from gpuorchd.host.supervisor import Supervisor, served_socket
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
+from gpuorchd.reloading import Reloading
 from gpuorchd.server.listener import Server
 from gpuorchd.server.services import Options, PeerNotTaken, Services
 from gpuorchd.supervised import Supervised
@@ -52,6 +55,8 @@ from libclient.wire.vocabulary import FORBIDDEN, LIMIT
 
 # Names the lease table: 64 bits are not guessed and not met twice.
 EPOCH_BYTES = 8
+# Who asks for what a reload brings: no connection has this number, so nobody is answered.
+NOBODY = ConnectionId(0)
 
 
 def run_daemon(read: ReadConfig, supervisor: Supervisor) -> int:
@@ -85,8 +90,7 @@ async def _live(read: ReadConfig, supervisor: Supervisor, log: Log, began_ns: in
     lifecycle.install()
     try:
         async with AsyncExitStack() as closing:
-            fitted = read._replace(config=_fit(read.config, log))
-            daemon = Daemon(fitted, supervisor, log, lifecycle, closing)
+            daemon = Daemon(read, supervisor, log, lifecycle, closing)
             daemon.start()
             daemon.tell_started(began_ns)
             code = await lifecycle.ended
@@ -136,8 +140,9 @@ class Daemon:
         lifecycle: Lifecycle,
         closing: AsyncExitStack,
     ) -> None:
-        self._config = config = read.config
-        self._sources = read.sources
+        self._config = config = _fit(read.config, log)
+        self._reloading = Reloading(read, self._take, log.event)
+        self._read = read
         self._supervisor = supervisor
         self._log = log
         self._lifecycle = lifecycle
@@ -151,6 +156,7 @@ class Daemon:
         self._engine = Engine(_machine(config, self._store.open()), self._loop)
         closing.callback(self._engine.close)
         self._supervised = Supervised(supervisor.notifier, self._engine, self._loop)
+        self._supervised.add_remark(self._reloading.remark)
         closing.callback(self._supervised.stop)
         self._processes = ProcessWatch(self._engine, self._loop)
         closing.callback(self._processes.close)
@@ -164,11 +170,13 @@ class Daemon:
         observers = Observers(
             self._config, engine, self._source, self._store, self._log, http, self._socket.path
         )
-        server = Server(engine, self._services(observers), self._options(), self._loop)
+        self._server = server = Server(
+            engine, self._services(observers), _options(self._config), self._loop
+        )
         engine.on(PersistSettings, lambda effect: self._store.persist(effect, engine.submit))
         attach_source(engine, self._source)
         self._processes.attach(engine)
-        observers.register(server)
+        observers.register(server, self._reloading.check)
         self._closing.push_async_callback(server.stop)
         server.serve(self._socket.listener)
         self._supervised.start()
@@ -180,6 +188,7 @@ class Daemon:
         self._log.start(self._loop)
         self._closing.push_async_callback(observers.stop)
         observers.start(self._loop, self._lifecycle.fail)
+        self._lifecycle.on_hangup(self._reload)
 
     def tell_started(self, began_ns: int) -> None:
         """Log that the daemon answers."""
@@ -209,22 +218,31 @@ class Daemon:
         metrics, inherited.metrics = inherited.metrics, None
         return choose_http_port(
             self._config.http_port,
-            is_set="http_port" in self._sources,
+            is_set="http_port" in self._read.sources,
             passed=metrics,
             under_manager=isinstance(self._socket, PassedSocket),
         )
 
-    def _options(self) -> Options:
-        config = self._config
-        return Options(
-            version=VERSION,
-            admin_gid=config.admin_group,
-            connections=config.max_connections,
-            connections_per_uid=config.max_connections_per_uid,
-            subscriptions_per_connection=config.max_subscriptions_per_connection,
-            unsent_bytes_per_connection=config.max_unsent_bytes_per_connection,
-            unsent_bytes=config.max_unsent_bytes,
+    def _reload(self) -> None:
+        self._supervised.tell_reloading()
+        self._reloading.reload()
+        self._supervised.tell_reloaded()
+
+    def _take(self, config: Config, changed: frozenset[str]) -> None:
+        """Put in force what a reload has changed."""
+        self._config = config = _fit(config, self._log)
+        self._log.set_level(config.log_level.value)
+        self._server.set_options(_options(config))
+        if isinstance(self._source, NvmlDevices):
+            self._source.set_options(_probe_options(config))
+        self._engine.submit(
+            ConfigurationRead(config.limits, config.ttl_ns, config.reading_max_age_ns)
         )
+        if "safe_mode" in changed:
+            self._store.see_safe_mode(config.safe_mode)
+            if config.safe_mode is not None:
+                changes = {SAFE_MODE: config.safe_mode}
+                self._engine.submit(PolicyChangeAsked(NOBODY, None, changes, None, {}))
 
     def _services(self, observers: Observers) -> Services:
         return Services(
@@ -267,6 +285,18 @@ class Daemon:
         self._lifecycle.fail(f"request {request_id!r}, op {op}", error)
 
 
+def _options(config: Config) -> Options:
+    return Options(
+        version=VERSION,
+        admin_gid=config.admin_group,
+        connections=config.max_connections,
+        connections_per_uid=config.max_connections_per_uid,
+        subscriptions_per_connection=config.max_subscriptions_per_connection,
+        unsent_bytes_per_connection=config.max_unsent_bytes_per_connection,
+        unsent_bytes=config.max_unsent_bytes,
+    )
+
+
 def _machine(config: Config, kept: KeptSettings) -> Machine:
     settings = Settings(
         epoch=secrets.token_hex(EPOCH_BYTES),
@@ -291,13 +321,16 @@ def _device_source(
     if config.simulate is not None:
         cards_mb = (config.simulate.memory_mb,) * config.simulate.cards
         return SimulatedDevices(engine, cards_mb, config.simulate_drain_s, mps)
-    options = ProbeOptions(
+    return NvmlDevices(engine, loop, _probe_options(config), mps, log.event)
+
+
+def _probe_options(config: Config) -> ProbeOptions:
+    return ProbeOptions(
         telemetry=config.enable_nvml is not False,
         required=config.enable_nvml is True,
         period_s=config.sample_period_s,
         deadline_s=config.nvml_deadline_s,
     )
-    return NvmlDevices(engine, loop, options, mps, log.event)
 
 
 def _resolve_user(name: str) -> int | None:

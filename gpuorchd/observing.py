@@ -22,6 +22,7 @@ from gpuorchd.observe.http import HttpSide, Pages
 from gpuorchd.observe.log import Log
 from gpuorchd.observe.metrics import Metrics
 from gpuorchd.observe.readiness import (
+    Check,
     Readiness,
     devices_check,
     loop_check,
@@ -62,7 +63,7 @@ class Observers:
         self._store = store
         self._readiness = Readiness()
 
-    def register(self, server: Server) -> None:
+    def register(self, server: Server, check_config: Check) -> None:
         """Watch the engine from now on. Call it after the rooms that answer have registered."""
         self._log.attach(self._engine)
         self._metrics = metrics = Metrics(self._engine, self._sources(server))
@@ -82,6 +83,7 @@ class Observers:
             ),
         )
         add("settings", settings_check(lambda: self._store.failure))
+        add("config", check_config)
         add("loop", loop_check(metrics.lag))
         add("http", self._check_http)
 

@@ -58,6 +58,16 @@ class Supervised:
         if self._status_timer is None and not self._ended:
             self._status_timer = self._loop.call_later(STATUS_PERIOD_S, self._show)
 
+    def tell_reloading(self) -> None:
+        """Say that the configuration is being read anew; `tell_reloaded` has to follow."""
+        self._notifier.reloading()
+
+    def tell_reloaded(self) -> None:
+        """Say that the reload has ended, well or not."""
+        if not self._ended:
+            self._say_ready()
+            self.refresh()
+
     def tell_stopping(self) -> None:
         """Say that the daemon ends."""
         self._notifier.stopping()

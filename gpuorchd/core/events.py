@@ -21,6 +21,7 @@ from gpuorchd.core.model import (
     RequestId,
     Token,
 )
+from gpuorchd.core.state import Limits
 
 
 class ClientArrived(NamedTuple):
@@ -121,6 +122,14 @@ class SettingsPersisted(NamedTuple):
     failure: str | None = None
 
 
+class ConfigurationRead(NamedTuple):
+    """What the core is configured with was read anew. Holds for what is asked from now on."""
+
+    limits: Limits
+    ttl_ns: int
+    reading_max_age_ns: int
+
+
 class DevicesFound(NamedTuple):
     """The GPUs that are present now, all of them. Ends the first probe."""
 
@@ -165,6 +174,7 @@ Event = (
     | CordonAsked
     | PolicyChangeAsked
     | SettingsPersisted
+    | ConfigurationRead
     | DevicesFound
     | DevicesLost
     | ReadingsTaken

@@ -105,7 +105,8 @@ class Connection(Speaker, asyncio.BufferedProtocol):
         self._discarded = 0
         # Another look at the input is due in the loop's next turn.
         self._again = False
-        self._admin: bool | None = None
+        # The admin group that was asked about, and the answer.
+        self._admin: tuple[int | None, bool] | None = None
 
     # What the loop calls.
 
@@ -213,10 +214,10 @@ class Connection(Speaker, asyncio.BufferedProtocol):
 
     def is_admin(self) -> bool:
         """Whether the peer may use admin ops."""
-        if self._admin is None:
-            gid = self.board.options.admin_gid
-            self._admin = is_admin(self.credentials, self.sock, gid)
-        return self._admin
+        gid = self.board.options.admin_gid
+        if self._admin is None or self._admin[0] != gid:
+            self._admin = (gid, is_admin(self.credentials, self.sock, gid))
+        return self._admin[1]
 
     def flush(self) -> None:
         """Send what was put, as far as the kernel takes it."""

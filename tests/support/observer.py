@@ -117,6 +117,9 @@ class Observer(Journal):
                 self.books.read(started_ns, readings, {uuid for uuid, _ in failures})
             case ev.StopAsked():
                 self.stopping = True
+            case ev.ConfigurationRead():
+                self._settings = self._settings._replace(**event._asdict())
+                self.books.reading_max_age_ns = event.reading_max_age_ns
             case ev.SettingsPersisted() | ev.TimePassed():
                 pass
             case _:

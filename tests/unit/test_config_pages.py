@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from gpuorchd.config import TABLE, read_config
+from gpuorchd.config import TABLE
+from gpuorchd.config_reading import read_config
 from libclient.ports import daemon_port
 from tests.support.config_pages import EXAMPLE, PAGE, env_example, page_with_tables
 

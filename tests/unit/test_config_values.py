@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from gpuorchd.command_line import read_command_line
-from gpuorchd.config import TABLE, Config, ConfigError, Setting, effective, read_config
+from gpuorchd.config import TABLE, Config, ConfigError, Setting
+from gpuorchd.config_reading import effective, read_config
 from gpuorchd.host.kinds import FLAG, LogFormat, LogLevel, SimulatedCards
 from gpuorchd.server.services import Options
 from libclient.ports import daemon_port
