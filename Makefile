@@ -1,6 +1,14 @@
 # `make demo` and `make test` need nothing before them but Python 3.11; `make help` lists the rest.
 
 VENV := .venv
+# For install: DESTDIR stages it, PORT replaces the daemon's port of the port map, INTERPRETER is a
+# Python that has gpuorchd[daemon] already, ACTIVATE=no makes no users and tells systemd nothing.
+DESTDIR :=
+PREFIX := /usr/local
+SYSCONFDIR := /etc
+PORT :=
+INTERPRETER :=
+ACTIVATE := yes
 PYTHON_IN := $(VENV)/bin/python
 # Warnings of the installer about indexes say nothing to whoever runs a demo; errors still show.
 INSTALL := $(PYTHON_IN) -m pip install -qq --no-input --disable-pip-version-check \
@@ -8,10 +16,10 @@ INSTALL := $(PYTHON_IN) -m pip install -qq --no-input --disable-pip-version-chec
 PINS := setup.cfg pyproject.toml requirements.lock
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo test lint bench install uninstall lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.daemon-installed  ## the roster of agents on one host, live in the terminal
 	@$(PYTHON_IN) -m libclient.demo
@@ -26,6 +34,15 @@ lint: $(VENV)/.dev-installed  ## ruff and mypy alone
 bench: $(VENV)/.dev-installed  ## measure against C and Redis, with holders, bursts, hostile peers
 	@$(PYTHON_IN) -m tests.support.system_packages bench
 	@$(PYTHON_IN) -m tests.bench
+
+install: $(VENV)/.daemon-installed  ## put daemon, units, scripts and pages under $(DESTDIR)$(PREFIX)
+	@$(PYTHON_IN) -m deploy install --destdir '$(DESTDIR)' --prefix '$(PREFIX)' \
+		--sysconfdir '$(SYSCONFDIR)' --port '$(PORT)' --interpreter '$(INTERPRETER)' \
+		$(if $(filter no,$(ACTIVATE)),--no-activate)
+
+uninstall: $(VENV)/.daemon-installed  ## remove what install put there; configuration and state stay
+	@$(PYTHON_IN) -m deploy uninstall --destdir '$(DESTDIR)' --prefix '$(PREFIX)' \
+		--sysconfdir '$(SYSCONFDIR)'
 
 lock: $(VENV)/.made  ## resolve all dependencies anew and pin them in requirements.lock
 	@$(PYTHON_IN) .ci/lock.py requirements.lock

@@ -1,4 +1,4 @@
-"""The daemon's command line: flags made from the table of settings, and three questions.
+"""The daemon's command line: flags made from the table of settings, the env file, three questions.
 
 `--help`, `--version` and `--check-config` are answered without starting anything. Flags stay text
 here; `config` reads and checks them with the environment's values, in the same words.
@@ -13,6 +13,8 @@ from typing import NamedTuple, NoReturn
 from gpuorchd.config import TABLE, Setting
 from gpuorchd.host.kinds import FLAG
 
+ENV_FILE = "--env-file"
+
 EXAMPLES = """
 examples:
   gpuorchd                                        the GPUs of this host, /run/justnews/gpuorch.sock
@@ -21,8 +23,9 @@ examples:
   SAFE_MODE=true gpuorchd                         no GPU is touched and none is granted
   gpuorchd --check-config                         what the environment and flags come to, as JSON
 
-A flag goes before the environment, the environment before the default; a variable that is set to
-nothing counts as unset. A value that cannot be stops the start with exit code 2.
+A flag goes before the env file, the file before the environment, the environment before the
+default; a variable that is set to nothing counts as unset. A value that cannot be stops the start
+with exit code 2. SIGHUP reads all of it again.
 """
 
 
@@ -31,6 +34,7 @@ class CommandLine(NamedTuple):
 
     flags: dict[str, str]
     check_config: bool
+    env_file: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,14 +45,27 @@ class _Parser(argparse.ArgumentParser):
 
 def read_command_line(argv: Sequence[str], version: str) -> CommandLine:
     """Read flags. Exits by itself for `--help` and `--version` (0) and unknown flags (2)."""
-    given = vars(_parser(version).parse_args(argv))
+    given = vars(parser(version).parse_args(_with_optional_file(argv)))
     check_config = bool(given.pop("check_config"))
+    env_file = given.pop("env_file")
     flags = {name: text for name, text in given.items() if text is not None}
-    return CommandLine(flags, check_config)
+    return CommandLine(flags, check_config, env_file)
 
 
-def _parser(version: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+def _with_optional_file(argv: Sequence[str]) -> list[str]:
+    """Join `--env-file -FILE`, as units write it: argparse would take `-FILE` for a flag."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == ENV_FILE and word.startswith("-/"):
+            words[-1] = f"{ENV_FILE}={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def parser(version: str) -> argparse.ArgumentParser:
+    """Build the parser of all flags, from the table of settings."""
+    whole = _Parser(
         prog="gpuorchd",
         usage="gpuorchd [FLAG ...]",
         description="Lease GPU memory to local processes over a Unix socket.",
@@ -56,16 +73,22 @@ def _parser(version: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"gpuorchd {version}")
-    parser.add_argument(
+    whole.add_argument("--version", action="version", version=f"gpuorchd {version}")
+    whole.add_argument(
         "--check-config",
         action="store_true",
         help="print the effective configuration as JSON and exit",
     )
+    whole.add_argument(
+        ENV_FILE,
+        metavar="FILE",
+        help="read variables from this file, in the syntax of systemd's EnvironmentFile=, and "
+        "again at SIGHUP; after a leading - the file may be missing",
+    )
     sections: dict[str, argparse._ArgumentGroup] = {}
     for row in TABLE:
         if row.section not in sections:
-            sections[row.section] = parser.add_argument_group(row.section)
+            sections[row.section] = whole.add_argument_group(row.section)
         bare = {"nargs": "?", "const": "true"} if row.kind is FLAG else {}
         sections[row.section].add_argument(
             row.flag,
@@ -74,7 +97,7 @@ def _parser(version: str) -> argparse.ArgumentParser:
             help=_help(row),
             **bare,  # type: ignore[arg-type]  # argparse's overloads do not know that the keys go together
         )
-    return parser
+    return whole
 
 
 def _help(row: Setting) -> str:

@@ -2,9 +2,8 @@
 
 Every field of `Config` is one setting with its environment variable, flag, kind of value, default
 and help. Reading the environment, the command line, `--help`, `--check-config` and the checks of
-docs/configuration.md and of the example env file all walk this table, so they cannot disagree. A
-flag goes before the environment, the environment before the default. An empty variable counts as
-unset.
+docs/configuration.md and of the example env file all walk this table, so they cannot disagree.
+`config_reading` makes a configuration of it.
 
 Nothing here opens, creates or asks anything but the group database; a value that cannot be is a
 `ConfigError` with one line for a person.
@@ -13,8 +12,7 @@ Nothing here opens, creates or asks anything but the group database; a value tha
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -36,15 +34,11 @@ from gpuorchd.host.kinds import (
     seconds,
     whole,
 )
+from libclient.ports import daemon_port
 from libclient.wire.vocabulary import DEFAULT_SOCKET, SOCKET_VARIABLE
 
 T = TypeVar("T")
 D = TypeVar("D")
-
-# Variables that begin so are ours: one that is not in the table is most likely misspelt.
-PREFIXES = ("GPUORCH_", "GPU_ORCHESTRATOR_")
-# Variables that the client library reads, or that `gpuorch run` sets for its command.
-CLIENT_VARIABLES = frozenset({"GPUORCH_AGENT", "GPUORCH_CPU_REASON", "GPUORCH_LEASE_ID"})
 
 DAY_S = 86_400
 YEAR_S = 365 * DAY_S
@@ -108,6 +102,11 @@ class Config:
         "Socket", "GPUORCH_SOCKET_MODE", "--socket-mode", MODE, 0o660,
         "who may open the socket, as the mode of its file",
     )
+    require_passed_socket: bool | None = setting(
+        "Socket", "GPUORCH_REQUIRE_PASSED_SOCKET", "--require-passed-socket", FLAG, None,
+        "whether the service manager has to pass the Unix socket, which then has its own name, "
+        "mode and group; unset: it has to where it started the daemon; false: bind one here",
+    )
     admin_group: int | None = setting(
         "Socket", "GPUORCH_ADMIN_GROUP", "--admin-group", GROUP, None,
         "the group whose members may change policy, cordon and revoke; unset: only root and the "
@@ -169,7 +168,7 @@ class Config:
     )
     http_port: int = setting(
         "HTTP", "GPU_ORCHESTRATOR_PORT", "--http-port",
-        whole(0, 65_535, meaning=" (0: no HTTP)"), 8014,
+        whole(0, 65_535, meaning=" (0: no HTTP)"), daemon_port(),
         "the port of 127.0.0.1 with metrics, health and read-only state; 0: none",
     )
     max_connections: int = setting(
@@ -278,92 +277,3 @@ def _rows() -> Iterator[Setting]:
 
 
 TABLE: tuple[Setting, ...] = tuple(_rows())
-
-
-class ReadConfig(NamedTuple):
-    """A configuration as read, and what a person should know about it.
-
-    `sources` names the flag or variable that each setting came from; a setting that stands at its
-    default is not in it. `warnings` are lines for the log.
-    """
-
-    config: Config
-    sources: Mapping[str, str]
-    warnings: tuple[str, ...]
-
-
-def read_config(flags: Mapping[str, str], environ: Mapping[str, str]) -> ReadConfig:
-    """Make the configuration of flags (texts by setting name) and environment.
-
-    Raises `ConfigError` for the first value that cannot be.
-    """
-    values: dict[str, object] = {}
-    sources: dict[str, str] = {}
-    for row in TABLE:
-        if row.name in flags:
-            source, text = row.flag, flags[row.name]
-        elif environ.get(row.variable, "").strip():
-            source, text = row.variable, environ[row.variable]
-        else:
-            continue
-        values[row.name] = _parse(row.kind, source, text)
-        sources[row.name] = source
-    given = environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if given:
-        values["state_dir"] = _parse(PATH, "STATE_DIRECTORY", given)
-        sources["state_dir"] = "STATE_DIRECTORY"
-    elif "state_dir" not in values:
-        values["state_dir"] = _xdg_state_dir(environ)
-    config = Config(**values)  # type: ignore[arg-type]  # each value was read by its row's kind
-    _check_together(config, sources)
-    return ReadConfig(config, sources, tuple(_warnings(config, environ)))
-
-
-def _parse(kind: Kind[T], source: str, text: str) -> T:
-    try:
-        return kind.parse(text.strip())
-    except ValueError:
-        raise ConfigError(source, text, kind.allowed) from None
-
-
-def _xdg_state_dir(environ: Mapping[str, str]) -> Path:
-    named = Path(environ.get("XDG_STATE_HOME", ""))
-    # The convention has relative paths ignored.
-    if named.is_absolute():
-        return named / "gpuorchd"
-    return Path.home() / ".local" / "state" / "gpuorchd"
-
-
-def _check_together(config: Config, sources: Mapping[str, str]) -> None:
-    if config.reading_max_age_s <= config.sample_period_s:
-        source = sources.get("reading_max_age_s", "GPUORCH_READING_MAX_AGE_S")
-        period = sources.get("sample_period_s", "GPUORCH_SAMPLE_PERIOD_S")
-        raise ConfigError(
-            source,
-            f"{config.reading_max_age_s:g}",
-            f"more seconds than {period}, which is {config.sample_period_s:g}",
-        )
-
-
-def _warnings(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
-    known = {row.variable for row in TABLE} | CLIENT_VARIABLES
-    for variable in sorted(environ):
-        if variable.startswith(PREFIXES) and variable not in known:
-            near = difflib.get_close_matches(variable, sorted(known), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield f"{variable} is not a variable of this program and has no effect{hint}"
-    if config.max_holders > config.max_connections:
-        yield (
-            f"GPUORCH_MAX_HOLDERS ({config.max_holders}) is more than GPUORCH_MAX_CONNECTIONS "
-            f"({config.max_connections}), which is met first"
-        )
-
-
-def effective(config: Config) -> dict[str, object]:
-    """The configuration by setting name, in values that JSON has; a mode stays octal text."""
-    shown: dict[str, object] = {}
-    for row in TABLE:
-        value = getattr(config, row.name)
-        plain = value is None or (isinstance(value, int | float) and row.kind is not MODE)
-        shown[row.name] = value if plain else row.kind.show(value)
-    return shown

@@ -11,6 +11,7 @@ closed, and the socket's name goes last: nobody takes it while something of this
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import os
 import pwd
@@ -21,11 +22,13 @@ from dataclasses import replace
 
 import uvloop
 
-from gpuorchd.config import Config, ReadConfig
+from gpuorchd.config import Config
+from gpuorchd.config_reading import ReadConfig
 from gpuorchd.core.effects import PersistSettings
-from gpuorchd.core.events import StopAsked
+from gpuorchd.core.events import ConfigurationRead, PolicyChangeAsked, StopAsked
 from gpuorchd.core.machine import Machine
-from gpuorchd.core.model import Peer, ProcessKey, RequestId
+from gpuorchd.core.model import ConnectionId, Peer, ProcessKey, RequestId
+from gpuorchd.core.settings import SAFE_MODE
 from gpuorchd.core.state import Settings
 from gpuorchd.devices.mps import MpsWatch
 from gpuorchd.devices.nvml import NvmlDevices, ProbeOptions
@@ -33,47 +36,61 @@ from gpuorchd.devices.processes import ProcessWatch
 from gpuorchd.devices.simulated import SimulatedDevices
 from gpuorchd.devices.telemetry import DeviceSource, attach_source
 from gpuorchd.engine import Engine
+from gpuorchd.host.http_port import HttpPort, choose_http_port
 from gpuorchd.host.lifecycle import Lifecycle
 from gpuorchd.host.limits import fit_open_files
 from gpuorchd.host.settings_file import KeptSettings
 from gpuorchd.host.settings_store import SettingsStore
-from gpuorchd.host.socket_file import claim_socket
+from gpuorchd.host.socket_file import PassedSocket
 from gpuorchd.host.start import EXIT_BUG, StartError
+from gpuorchd.host.supervisor import Supervisor, served_socket
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
+from gpuorchd.reloading import Reloading
 from gpuorchd.server.listener import Server
 from gpuorchd.server.services import Options, PeerNotTaken, Services
+from gpuorchd.supervised import Supervised
 from libclient.version import VERSION
 from libclient.wire.vocabulary import FORBIDDEN, LIMIT
 
 # Names the lease table: 64 bits are not guessed and not met twice.
 EPOCH_BYTES = 8
+# Who asks for what a reload brings: no connection has this number, so nobody is answered.
+NOBODY = ConnectionId(0)
 
 
-def run_daemon(read: ReadConfig) -> int:
+def run_daemon(read: ReadConfig, supervisor: Supervisor) -> int:
     """Run until a signal or a bug ends it; return the exit code.
 
-    Raises `StartError` where it cannot start; nothing of it is left behind then.
+    What `supervisor` passed is closed at the end. Raises `StartError` where it cannot start;
+    nothing of it is left behind then.
     """
     began_ns = time.monotonic_ns()
     config = read.config
     log = Log(form=config.log_format.value, level=config.log_level.value)
     for warning in read.warnings:
         log.event("config.value_warned", warning=warning)
+    for problem in supervisor.problems:
+        log.event("host.passed_unusable", problem=problem)
+    if supervisor.notifier.watchdog_period_s is not None:
+        # The watchdog's signal then leaves in the log where it hung.
+        faulthandler.enable()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_live(config, log, began_ns))
+            return runner.run(_live(read, supervisor, log, began_ns))
     finally:
+        supervisor.inherited.close()
+        supervisor.notifier.close()
         log.close()
 
 
-async def _live(config: Config, log: Log, began_ns: int) -> int:
+async def _live(read: ReadConfig, supervisor: Supervisor, log: Log, began_ns: int) -> int:
     loop = asyncio.get_running_loop()
     lifecycle = Lifecycle(loop, log.event)
     lifecycle.install()
     try:
         async with AsyncExitStack() as closing:
-            daemon = Daemon(_fit(config, log), log, lifecycle, closing)
+            daemon = Daemon(read, supervisor, log, lifecycle, closing)
             daemon.start()
             daemon.tell_started(began_ns)
             code = await lifecycle.ended
@@ -116,20 +133,31 @@ class Daemon:
     """The rooms of one daemon. Every room that is opened puts its closing on `closing`."""
 
     def __init__(
-        self, config: Config, log: Log, lifecycle: Lifecycle, closing: AsyncExitStack
+        self,
+        read: ReadConfig,
+        supervisor: Supervisor,
+        log: Log,
+        lifecycle: Lifecycle,
+        closing: AsyncExitStack,
     ) -> None:
-        self._config = config
+        self._config = config = _fit(read.config, log)
+        self._reloading = Reloading(read, self._take, log.event)
+        self._read = read
+        self._supervisor = supervisor
         self._log = log
         self._lifecycle = lifecycle
         self._closing = closing
         self._loop = asyncio.get_running_loop()
-        self._socket = claim_socket(config.socket, config.socket_mode, config.socket_group)
+        self._socket = served_socket(supervisor, config)
         closing.callback(self._socket.release)
         assert config.state_dir is not None, "reading the configuration fills it in"
         self._store = SettingsStore(config.state_dir, config.safe_mode, log.event)
         closing.push_async_callback(self._store.close)
         self._engine = Engine(_machine(config, self._store.open()), self._loop)
         closing.callback(self._engine.close)
+        self._supervised = Supervised(supervisor.notifier, self._engine, self._loop)
+        self._supervised.add_remark(self._reloading.remark)
+        closing.callback(self._supervised.stop)
         self._processes = ProcessWatch(self._engine, self._loop)
         closing.callback(self._processes.close)
         self._source = _device_source(config, self._engine, self._loop, log)
@@ -138,14 +166,20 @@ class Daemon:
     def start(self) -> None:
         """Let every room register, then answer, then look for GPUs and load the rest."""
         engine = self._engine
-        observers = Observers(self._config, engine, self._source, self._store, self._log)
-        server = Server(engine, self._services(observers), self._options(), self._loop)
+        http = self._http_port()
+        observers = Observers(
+            self._config, engine, self._source, self._store, self._log, http, self._socket.path
+        )
+        self._server = server = Server(
+            engine, self._services(observers), _options(self._config), self._loop
+        )
         engine.on(PersistSettings, lambda effect: self._store.persist(effect, engine.submit))
         attach_source(engine, self._source)
         self._processes.attach(engine)
-        observers.register(server)
+        observers.register(server, self._reloading.check)
         self._closing.push_async_callback(server.stop)
         server.serve(self._socket.listener)
+        self._supervised.start()
         if not engine.state.safe_mode:
             self._source.open()
         # What is here now stays: the collector need not look at it again and again.
@@ -154,6 +188,7 @@ class Daemon:
         self._log.start(self._loop)
         self._closing.push_async_callback(observers.stop)
         observers.start(self._loop, self._lifecycle.fail)
+        self._lifecycle.on_hangup(self._reload)
 
     def tell_started(self, began_ns: int) -> None:
         """Log that the daemon answers."""
@@ -163,30 +198,51 @@ class Daemon:
             version=VERSION,
             epoch=state.settings.epoch,
             pid=os.getpid(),
-            socket=str(self._config.socket),
+            socket=str(self._socket.path),
             safe_mode=state.safe_mode,
             start_s=(time.monotonic_ns() - began_ns) / 1e9,
         )
 
     def ask_to_stop(self) -> None:
         """Let the core answer those who wait and tell those who hold."""
+        self._supervised.tell_stopping()
         self._engine.submit(StopAsked())
 
     def release_socket(self) -> None:
         """Give the socket's name up, when the rest of the end has taken too long."""
         self._socket.release()
 
-    def _options(self) -> Options:
-        config = self._config
-        return Options(
-            version=VERSION,
-            admin_gid=config.admin_group,
-            connections=config.max_connections,
-            connections_per_uid=config.max_connections_per_uid,
-            subscriptions_per_connection=config.max_subscriptions_per_connection,
-            unsent_bytes_per_connection=config.max_unsent_bytes_per_connection,
-            unsent_bytes=config.max_unsent_bytes,
+    def _http_port(self) -> HttpPort:
+        inherited = self._supervisor.inherited
+        # Whoever serves it closes it.
+        metrics, inherited.metrics = inherited.metrics, None
+        return choose_http_port(
+            self._config.http_port,
+            is_set="http_port" in self._read.sources,
+            passed=metrics,
+            under_manager=isinstance(self._socket, PassedSocket),
         )
+
+    def _reload(self) -> None:
+        self._supervised.tell_reloading()
+        self._reloading.reload()
+        self._supervised.tell_reloaded()
+
+    def _take(self, config: Config, changed: frozenset[str]) -> None:
+        """Put in force what a reload has changed."""
+        self._config = config = _fit(config, self._log)
+        self._log.set_level(config.log_level.value)
+        self._server.set_options(_options(config))
+        if isinstance(self._source, NvmlDevices):
+            self._source.set_options(_probe_options(config))
+        self._engine.submit(
+            ConfigurationRead(config.limits, config.ttl_ns, config.reading_max_age_ns)
+        )
+        if "safe_mode" in changed:
+            self._store.see_safe_mode(config.safe_mode)
+            if config.safe_mode is not None:
+                changes = {SAFE_MODE: config.safe_mode}
+                self._engine.submit(PolicyChangeAsked(NOBODY, None, changes, None, {}))
 
     def _services(self, observers: Observers) -> Services:
         return Services(
@@ -229,6 +285,18 @@ class Daemon:
         self._lifecycle.fail(f"request {request_id!r}, op {op}", error)
 
 
+def _options(config: Config) -> Options:
+    return Options(
+        version=VERSION,
+        admin_gid=config.admin_group,
+        connections=config.max_connections,
+        connections_per_uid=config.max_connections_per_uid,
+        subscriptions_per_connection=config.max_subscriptions_per_connection,
+        unsent_bytes_per_connection=config.max_unsent_bytes_per_connection,
+        unsent_bytes=config.max_unsent_bytes,
+    )
+
+
 def _machine(config: Config, kept: KeptSettings) -> Machine:
     settings = Settings(
         epoch=secrets.token_hex(EPOCH_BYTES),
@@ -253,13 +321,16 @@ def _device_source(
     if config.simulate is not None:
         cards_mb = (config.simulate.memory_mb,) * config.simulate.cards
         return SimulatedDevices(engine, cards_mb, config.simulate_drain_s, mps)
-    options = ProbeOptions(
+    return NvmlDevices(engine, loop, _probe_options(config), mps, log.event)
+
+
+def _probe_options(config: Config) -> ProbeOptions:
+    return ProbeOptions(
         telemetry=config.enable_nvml is not False,
         required=config.enable_nvml is True,
         period_s=config.sample_period_s,
         deadline_s=config.nvml_deadline_s,
     )
-    return NvmlDevices(engine, loop, options, mps, log.event)
 
 
 def _resolve_user(name: str) -> int | None:

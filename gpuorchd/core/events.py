@@ -22,6 +22,7 @@ from gpuorchd.core.model import (
     Token,
 )
 from gpuorchd.core.rows import ClientRow, DeviceRow, LeaseRow, OutcomeRow, WaiterRow
+from gpuorchd.core.state import Limits
 
 
 class Kept(NamedTuple):
@@ -168,6 +169,14 @@ class SettingsPersisted(NamedTuple):
     failure: str | None = None
 
 
+class ConfigurationRead(NamedTuple):
+    """What the core is configured with was read anew. Holds for what is asked from now on."""
+
+    limits: Limits
+    ttl_ns: int
+    reading_max_age_ns: int
+
+
 class DevicesFound(NamedTuple):
     """The GPUs that are present now, all of them. Ends the first probe."""
 
@@ -216,6 +225,7 @@ Event = (
     | CordonAsked
     | PolicyChangeAsked
     | SettingsPersisted
+    | ConfigurationRead
     | DevicesFound
     | DevicesLost
     | ReadingsTaken

@@ -19,6 +19,7 @@ from gpuorchd.core.events import (
     CancelAsked,
     ClientArrived,
     ClientLeft,
+    ConfigurationRead,
     CordonAsked,
     DevicesFound,
     DevicesLost,
@@ -106,6 +107,7 @@ class Machine:
             CordonAsked: self._change_settings,
             PolicyChangeAsked: self._change_settings,
             SettingsPersisted: self._persisted,
+            ConfigurationRead: self._configure,
             TimePassed: self._time_passed,
             StopAsked: self._stop,
         }
@@ -334,6 +336,12 @@ class Machine:
 
     def _persisted(self, event: SettingsPersisted, now_ns: int, out: list[Effect]) -> None:
         settings_room.persisted(self.state, self._desk, event.failure, now_ns, out)
+
+    def _configure(self, event: ConfigurationRead, now_ns: int, out: list[Effect]) -> None:
+        state = self.state
+        state.settings = state.settings._replace(**event._asdict())
+        # A reading may count now that did not, or count no more.
+        state.unsettled = state.upheaval = True
 
     def _time_passed(self, event: TimePassed, now_ns: int, out: list[Effect]) -> None:
         state = self.state

@@ -42,7 +42,7 @@ class Limits(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the core is configured with at start and never changes."""
+    """What the core is configured with; all but the epoch can be configured anew."""
 
     epoch: str
     limits: Limits = Limits()

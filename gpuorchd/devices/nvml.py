@@ -108,6 +108,10 @@ class NvmlDevices:
         self._calls: defaultdict[str, CallHistogram] = defaultdict(CallHistogram)
         self._all_gone: asyncio.Event | None = None
 
+    def set_options(self, options: ProbeOptions) -> None:
+        """Ask otherwise, from the next question on."""
+        self._options = options
+
     def open(self) -> None:
         """Start looking for GPUs."""
         if self._found.opened:

@@ -33,6 +33,7 @@ class Lifecycle:
         self._loop = loop
         self._report = report
         self._deadline: asyncio.TimerHandle | None = None
+        self._reload: Callable[[], None] | None = None
         self.ended: asyncio.Future[int] = loop.create_future()
 
     def install(self) -> None:
@@ -41,6 +42,10 @@ class Lifecycle:
             self._loop.add_signal_handler(number, self._on_stop, number)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         self._loop.set_exception_handler(self._on_exception)
+
+    def on_hangup(self, reload: Callable[[], None]) -> None:
+        """Let SIGHUP do this from now on; before that it does nothing."""
+        self._reload = reload
 
     def set_deadline(self, before_exit: Callable[[], None]) -> None:
         """End the process in `STOP_DEADLINE_S` at the latest, after a call of `before_exit`."""
@@ -68,7 +73,10 @@ class Lifecycle:
         self.ended.set_result(0)
 
     def _on_hangup(self) -> None:
-        self._report("daemon.hangup_ignored")
+        if self._reload is None or self.ended.done():
+            self._report("daemon.hangup_ignored")
+        else:
+            self._reload()
 
     def _on_deadline(self, before_exit: Callable[[], None]) -> None:
         self._report("daemon.stop_overdue", deadline_s=STOP_DEADLINE_S)

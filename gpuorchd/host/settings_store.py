@@ -97,6 +97,10 @@ class SettingsStore:
         if self._writing is None:
             self._write_next(submit)
 
+    def see_safe_mode(self, environment: bool | None) -> None:
+        """Record that the environment says something else now, with the next that is kept."""
+        self._safe_mode_env = environment
+
     async def close(self) -> None:
         """Wait until what was asked for is written, end the worker, give the folder up."""
         while self._writing is not None:

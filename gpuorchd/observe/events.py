@@ -161,7 +161,9 @@ DAEMON: Mapping[str, EventKind] = {
     "daemon.stop_overdue": _kind(
         Level.ERROR, "the end took too long and was forced", deadline_s=SECONDS
     ),
-    "daemon.hangup_ignored": _kind(Level.INFO, "SIGHUP does nothing"),
+    "daemon.hangup_ignored": _kind(
+        Level.INFO, "SIGHUP does nothing while the daemon starts or ends"
+    ),
     "daemon.bug_met": _kind(
         Level.ERROR, "something happened that cannot: the daemon ends", what=TEXT, error=TEXT
     ),
@@ -169,6 +171,15 @@ DAEMON: Mapping[str, EventKind] = {
         Level.ERROR, "the event loop reports a failure from outside", what=TEXT, error=TEXT
     ),
     "config.value_warned": _kind(Level.WARNING, "a setting is doubtful", warning=TEXT),
+    "config.reloaded": _kind(
+        Level.INFO,
+        "the configuration was read again; what waits takes effect at a restart",
+        taken=LIST,
+        waiting=LIST,
+    ),
+    "config.reload_refused": _kind(
+        Level.ERROR, "the configuration cannot be: the one before stays in force", error=TEXT
+    ),
     "host.bounds_lowered": _kind(
         Level.ERROR,
         "the limit of open files is too low for the bounds: lowered",
@@ -178,6 +189,9 @@ DAEMON: Mapping[str, EventKind] = {
         wanted_connections=COUNT,
         max_processes=COUNT,
         wanted_processes=COUNT,
+    ),
+    "host.passed_unusable": _kind(
+        Level.WARNING, "the service manager passed what cannot be used", problem=TEXT
     ),
     "host.settings_set_aside": _kind(
         Level.ERROR,

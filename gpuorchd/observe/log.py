@@ -98,6 +98,10 @@ class Log:
         self._engine = engine
         engine.on(Announce, self.announce)
 
+    def set_level(self, level: str) -> None:
+        """Write what is at least this severe from now on."""
+        self._level = Level[level.upper()]
+
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to write. Call it once the daemon answers: the first line loads structlog."""
         self._loop = loop

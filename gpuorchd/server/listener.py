@@ -91,6 +91,10 @@ class Server:
             )
             self._begin(connection)
 
+    def set_options(self, options: Options) -> None:
+        """Keep other bounds from now on. What is over a lower one stays; nothing more is let in."""
+        self._options = self._board.options = options
+
     def serve(self, listening: socket.socket) -> None:
         """Begin to accept on a listening Unix stream socket, which stays the caller's."""
         listening.setblocking(False)

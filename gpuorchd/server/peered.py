@@ -31,7 +31,8 @@ class Peered(Speaker):
         # Known once the process was identified, which is when the core has heard of it.
         self.peer: Peer | None = None
         self.arrived = False
-        self._admin: bool | None = None
+        # The admin group that was asked about, and the answer.
+        self._admin: tuple[int | None, bool] | None = None
 
     def identify(self) -> Peer:
         """Find out who the peer is, and tell the core of it; once for a connection."""
@@ -43,10 +44,10 @@ class Peered(Speaker):
 
     def is_admin(self) -> bool:
         """Whether the peer may use admin ops."""
-        if self._admin is None:
-            gid = self.board.options.admin_gid
-            self._admin = is_admin(self.credentials, self.sock, gid)
-        return self._admin
+        gid = self.board.options.admin_gid
+        if self._admin is None or self._admin[0] != gid:
+            self._admin = (gid, is_admin(self.credentials, self.sock, gid))
+        return self._admin[1]
 
     def leave(self) -> None:
         """Tell the core that the connection is over, if it knows it."""

@@ -68,9 +68,9 @@ def _explain(parser: ArgumentParser) -> None:
 
 def _policy(parser: ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    get = kinds.add_parser("get", help="show the policy", formatter_class=_Form)
+    get = kinds.add_parser("get", help="show the policy", formatter_class=Form)
     get.add_argument("name", nargs="*", metavar="FIELD", help="show these fields alone")
-    put = kinds.add_parser("set", help="change fields of the policy", formatter_class=_Form)
+    put = kinds.add_parser("set", help="change fields of the policy", formatter_class=Form)
     put.add_argument(
         "change", nargs="+", metavar="FIELD=VALUE",
         help="a new value: sizes (4GiB) and times (30s) too; null returns to the default",
@@ -225,7 +225,7 @@ COMMANDS = (
 COMMON_FLAGS = ("--json", "--socket", "--timeout")
 
 
-class _Form(RawDescriptionHelpFormatter):
+class Form(RawDescriptionHelpFormatter):
     """Help with examples kept as written."""
 
 
@@ -245,7 +245,7 @@ def parser() -> ArgumentParser:
         prog="gpuorch",
         description="Lease GPU memory from gpuorchd, and see who has it.",
         epilog=f"exit codes:\n{codes}\n\n`gpuorch COMMAND --help` has examples.",
-        formatter_class=_Form,
+        formatter_class=Form,
     )
     whole.add_argument("--version", action="version", version=f"gpuorch {VERSION}")
     _common(whole, None)
@@ -260,7 +260,7 @@ def parser() -> ArgumentParser:
             help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\n{command.detail}",
             epilog=f"examples:\n{examples}",
-            formatter_class=_Form,
+            formatter_class=Form,
             usage=f"gpuorch {command.name} [FLAG ...] -- COMMAND ..."
             if command.name in WITH_COMMAND
             else None,

@@ -169,7 +169,7 @@ class Stage:
     def _asks(self, entry: Member) -> list[str]:
         asks = [f"{entry.limit_mb(self.scale)}:{PATIENCE_S}"]
         if entry.agent == "newsreader":
-            vision = Member("", 0, VISION_GIB, 0, "", "")
+            vision = Member("", VISION_GIB, 0, "", "")
             asks.insert(0, f"{vision.limit_mb(self.scale)}:{IMPATIENCE_S}")
         return [word for ask in asks for word in ("--ask", ask)]
 

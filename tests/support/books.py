@@ -30,7 +30,7 @@ class Books:
 
     def __init__(self, cordons: frozenset[str], reading_max_age_ns: int) -> None:
         self.now_ns = 0
-        self._max_age_ns = reading_max_age_ns
+        self.reading_max_age_ns = reading_max_age_ns
         self.seats: dict[DeviceUuid, Seat] = {}
         self.cordons = set(cordons)
         self.peers: dict[ConnectionId, Peer] = {}
@@ -135,7 +135,7 @@ class Books:
     def unreadable(self, uuid: DeviceUuid) -> bool:
         """Whether nothing is known of a card: its newest reading failed, is old or missing."""
         seat = self.seats[uuid]
-        stale = self.now_ns - seat.started_ns > self._max_age_ns
+        stale = self.now_ns - seat.started_ns > self.reading_max_age_ns
         return self.blind or not seat.present or seat.failed or seat.reading is None or stale
 
     # What happens.

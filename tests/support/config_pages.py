@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 from gpuorchd.config import TABLE
+from gpuorchd.reloading import TAKEN
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -19,13 +20,18 @@ BEGIN = "<!-- settings: made from gpuorchd/config.py -->"
 END = "<!-- end of settings -->"
 
 EXAMPLE_HEADER = """\
-# Environment of gpuorchd: copy to /etc/justnews/gpu_orchestrator.env and uncomment what differs.
+# Environment of gpuorchd: uncomment what differs. `make install` puts this file to
+# @SYSCONFDIR@/justnews/gpu_orchestrator.env, where there is none yet.
+#
+# The daemon reads it at its start and at `systemctl reload gpuorchd`; what a reload is not enough
+# for takes effect at a restart. The syntax is that of EnvironmentFile= of systemd, and nothing in
+# it is expanded. A line that cannot be stops the start, and leaves a running daemon as it is, with
+# a message that names it; see `gpuorch doctor`.
 #
 # Every line that is commented out shows the default; one without a value is unset by default. A
-# flag on the command line goes before a variable, and a variable that is set to nothing counts as
-# unset. A value that cannot be stops the start with a message that names it;
-# `gpuorchd --check-config` shows what all of it comes to. Agents read GPUORCH_SOCKET and
-# GPU_ORCHESTRATOR_POLICY_TTL from the same names.
+# flag on the command line goes before this file, the file before the environment; a variable that
+# is set to nothing counts as unset. Agents read GPUORCH_SOCKET and GPU_ORCHESTRATOR_POLICY_TTL from
+# the same names.
 """
 
 
@@ -37,11 +43,14 @@ def settings_tables() -> str:
         if row.section != section:
             section = row.section
             lines += ["", f"### {section}", ""]
-            lines += ["| variable | flag | takes | default | what it is |", "|---|---|---|---|---|"]
+            lines += [
+                "| variable | flag | takes | default | reload | what it is |",
+                "|---|---|---|---|---|---|",
+            ]
+        reload = "yes" if row.name in TAKEN else "restart"
         default = f"`{row.shown_default}`" if row.shown_default else "unset"
-        lines.append(
-            f"| `{row.variable}` | `{row.flag}` | {row.kind.allowed} | {default} | {row.help} |"
-        )
+        cells = (f"`{row.variable}`", f"`{row.flag}`", row.kind.allowed, default, reload, row.help)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).strip()
 
 
@@ -54,8 +63,11 @@ def env_example() -> str:
             section = row.section
             parts.append(f"# --- {section} ---\n")
         text = f"{row.help[0].upper()}{row.help[1:]}. Takes {row.kind.allowed}."
+        text += " A reload is enough." if row.name in TAKEN else ""
         comment = textwrap.fill(text, 96, initial_indent="# ", subsequent_indent="# ")
-        parts.append(f"{comment}\n#{row.variable}={row.shown_default}\n")
+        # The port stands in the port map alone: `make install` writes it here.
+        shown = "@PORT@" if row.name == "http_port" else row.shown_default
+        parts.append(f"{comment}\n#{row.variable}={shown}\n")
     return "\n".join(parts)
 
 

@@ -119,6 +119,9 @@ class Observer(Journal):
                 self.stopping = True
             case ev.Restored():
                 self._restored(event)
+            case ev.ConfigurationRead():
+                self._settings = self._settings._replace(**event._asdict())
+                self.books.reading_max_age_ns = event.reading_max_age_ns
             case (
                 ev.SettingsPersisted()
                 | ev.TimePassed()

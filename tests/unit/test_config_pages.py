@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from gpuorchd.config import TABLE, read_config
+from gpuorchd.config import TABLE
+from gpuorchd.config_reading import read_config
+from libclient.ports import daemon_port
 from tests.support.config_pages import EXAMPLE, PAGE, env_example, page_with_tables
 
 AGAIN = "run: python -m tests.support.config_pages"
@@ -25,7 +27,8 @@ def test_the_example_env_file_explains_every_variable() -> None:
 
 
 def test_the_example_env_file_changes_nothing_when_all_of_it_is_uncommented() -> None:
-    lines = re.findall(r"^#([A-Z_]+)=(.*)$", EXAMPLE.read_text(), re.MULTILINE)
+    rendered = EXAMPLE.read_text().replace("@PORT@", str(daemon_port()))
+    lines = re.findall(r"^#([A-Z_]+)=(.*)$", rendered, re.MULTILINE)
     assert len(lines) == len(TABLE)
     assert read_config({}, dict(lines)).config == read_config({}, {}).config
     assert not read_config({}, dict(lines)).warnings

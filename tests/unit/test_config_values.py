@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from gpuorchd.command_line import read_command_line
-from gpuorchd.config import TABLE, Config, ConfigError, Setting, effective, read_config
+from gpuorchd.config import TABLE, Config, ConfigError, Setting
+from gpuorchd.config_reading import effective, read_config
 from gpuorchd.host.kinds import FLAG, LogFormat, LogLevel, SimulatedCards
 from gpuorchd.server.services import Options
+from libclient.ports import daemon_port
 from libclient.version import VERSION
 
 # One good text of each kind's metavar, and what it becomes where that is not the text itself.
@@ -134,7 +136,7 @@ def test_a_default_reads_back_from_the_text_that_shows_it(setting: Setting) -> N
 def test_a_variable_set_to_nothing_counts_as_unset() -> None:
     read = read_config({}, {"SAFE_MODE": "", "GPU_ORCHESTRATOR_PORT": "  "})
     assert read.config.safe_mode is None
-    assert read.config.http_port == 8014
+    assert read.config.http_port == daemon_port()
     assert not read.sources
 
 
@@ -232,7 +234,7 @@ def test_the_effective_configuration_is_json_with_every_setting() -> None:
     assert shown["safe_mode"] is True
     assert shown["simulate"] is None
     assert shown["socket_mode"] == "0660"
-    assert shown["http_port"] == 8014
+    assert shown["http_port"] == daemon_port()
 
 
 def test_bounds_of_the_server_are_the_same_by_default_wherever_they_are_read() -> None:

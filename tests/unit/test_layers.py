@@ -37,6 +37,7 @@ CORE = "gpuorchd.core"
 ENGINE = "gpuorchd.engine"
 VIEWS = "gpuorchd.views"
 VERSION = "libclient.version"
+PORTS = "libclient.ports"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ ROOMS = (
     ),
     Room(
         "gpuorchd.config",
-        ("gpuorchd.host.kinds", CORE, WIRE),
+        ("gpuorchd.host.kinds", CORE, WIRE, PORTS),
         (),
         "the table of settings is read by docs and tests too: it opens nothing",
     ),
@@ -160,9 +161,9 @@ ROOMS = (
     ),
     Room(
         "gpuorchd",
-        ("gpuorchd", WIRE, VERSION),
+        ("gpuorchd", WIRE, VERSION, PORTS),
         ("uvloop",),
-        "the daemon joins its rooms and takes only wire words and the version from the client",
+        "the daemon joins its rooms and takes only wire words, version and ports from the client",
     ),
 )
 

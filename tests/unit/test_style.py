@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.support.sources import ROOT, python_files, tree_of
 
-FOLDERS = ("gpuorchd", "libclient", "tests", ".ci")
+FOLDERS = ("gpuorchd", "libclient", "deploy", "tests", ".ci")
 FILES = python_files(*FOLDERS)
 # A file is read in one sitting, a function on one screen.
 FILE_LINES = 400
