@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from gpuorchd.command_line import read_command_line
 from gpuorchd.config import ConfigError
-from gpuorchd.config_reading import Inputs, effective
+from gpuorchd.config_reading import Inputs, ReadConfig, effective, read_config
 from gpuorchd.host.env_file import EnvFileError
 from gpuorchd.host.start import EXIT_CANNOT_START, EXIT_USAGE, StartError
-from gpuorchd.host.supervisor import meet_supervisor
+from gpuorchd.host.supervisor import Supervisor, meet_supervisor
 from libclient.version import VERSION
 
 
@@ -23,10 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 cannot start, 2 bad value, 70 bug."""
     supervisor = meet_supervisor(os.environ)
     asked = read_command_line(sys.argv[1:] if argv is None else argv, VERSION)
+    inputs = Inputs(asked.flags, dict(os.environ), asked.env_file)
     try:
-        read = Inputs(asked.flags, dict(os.environ), asked.env_file).read()
+        read = inputs.read()
     except (ConfigError, EnvFileError) as error:
-        return _refuse(error, EXIT_USAGE)
+        last = None if asked.check_config else _last_good(supervisor, inputs, str(error))
+        if last is None:
+            return _refuse(error, EXIT_USAGE)
+        read = last
     if asked.check_config:
         for warning in read.warnings:
             sys.stderr.write(f"gpuorchd: {warning}\n")
@@ -42,6 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_daemon(read, supervisor)
     except StartError as error:
         return _refuse(error, EXIT_CANNOT_START)
+
+
+def _last_good(supervisor: Supervisor, inputs: Inputs, refused: str) -> ReadConfig | None:
+    """Read the configuration that the daemon before ran on, where it handed leases over.
+
+    A wrong letter in a file must not end what agents hold. None where there is nothing to save.
+    """
+    if not supervisor.inherited.stored:
+        return None
+    from gpuorchd.host.keeping import kept_config
+
+    texts = kept_config(inputs.environ.get("RUNTIME_DIRECTORY", ""))
+    if not texts:
+        return None
+    try:
+        read = read_config(texts, {})
+    except ConfigError:
+        return None
+    return read._replace(inputs=inputs, refused=refused)
 
 
 def _refuse(reason: object, code: int) -> int:

@@ -117,6 +117,22 @@ class Config:
         "where settings made at run time are kept; $STATE_DIRECTORY of the service manager goes "
         "before it; unset: $XDG_STATE_HOME/gpuorchd, else ~/.local/state/gpuorchd",
     )
+    runtime_dir: Path | None = setting(
+        "State", "GPUORCH_RUNTIME_DIR", "--runtime-dir", PATH, None,
+        "where the lease table lies, from which a restarted daemon goes on; unset: "
+        "$RUNTIME_DIRECTORY of the service manager, else gpuorchd in $XDG_RUNTIME_DIR, else the "
+        "state folder",
+    )
+    descriptor_store: int = setting(
+        "State", "GPUORCH_DESCRIPTOR_STORE", "--descriptor-store",
+        whole(0, COUNT_MAX, meaning=" (0: none)"), 0,
+        "how many connections the service manager keeps while the daemon restarts "
+        "(FileDescriptorStoreMax= of its unit); 0: none",
+    )
+    reattach_grace_s: float = setting(
+        "State", "GPUORCH_REATTACH_GRACE_S", "--reattach-grace", seconds(0, DAY_S), 30.0,
+        "how long after a restart a lease whose connection was lost waits for its owner",
+    )
     safe_mode: bool | None = setting(
         "State", "SAFE_MODE", "--safe-mode", FLAG, None,
         "start without touching a GPU and grant nothing; wins at a cold start and whenever it "

@@ -57,6 +57,8 @@ class ReadConfig(NamedTuple):
     sources: Mapping[str, str]
     warnings: tuple[str, ...]
     inputs: Inputs | None = None
+    # Why the newest configuration is not in force but this one, the last good; None where it is.
+    refused: str | None = None
 
 
 def read_config(

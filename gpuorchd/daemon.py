@@ -24,7 +24,7 @@ import uvloop
 
 from gpuorchd.config import Config
 from gpuorchd.config_reading import ReadConfig
-from gpuorchd.core.effects import PersistSettings
+from gpuorchd.core.effects import Commit, PersistSettings
 from gpuorchd.core.events import ConfigurationRead, PolicyChangeAsked, StopAsked
 from gpuorchd.core.machine import Machine
 from gpuorchd.core.model import ConnectionId, Peer, ProcessKey, RequestId
@@ -37,9 +37,10 @@ from gpuorchd.devices.simulated import SimulatedDevices
 from gpuorchd.devices.telemetry import DeviceSource, attach_source
 from gpuorchd.engine import Engine
 from gpuorchd.host.http_port import HttpPort, choose_http_port
-from gpuorchd.host.lifecycle import Lifecycle
+from gpuorchd.host.keeping import Keeper
+from gpuorchd.host.lifecycle import Lifecycle, exit_now
 from gpuorchd.host.limits import fit_open_files
-from gpuorchd.host.settings_file import KeptSettings
+from gpuorchd.host.settings_file import KeptSettings, boot_id
 from gpuorchd.host.settings_store import SettingsStore
 from gpuorchd.host.socket_file import PassedSocket
 from gpuorchd.host.start import EXIT_BUG, StartError
@@ -49,6 +50,8 @@ from gpuorchd.observing import Observers
 from gpuorchd.reloading import Reloading
 from gpuorchd.server.listener import Server
 from gpuorchd.server.services import Options, PeerNotTaken, Services
+from gpuorchd.server.tokens import digest_of
+from gpuorchd.succession import Succession, table_path
 from gpuorchd.supervised import Supervised
 from libclient.version import VERSION
 from libclient.wire.vocabulary import FORBIDDEN, LIMIT
@@ -70,6 +73,8 @@ def run_daemon(read: ReadConfig, supervisor: Supervisor) -> int:
     log = Log(form=config.log_format.value, level=config.log_level.value)
     for warning in read.warnings:
         log.event("config.value_warned", warning=warning)
+    if read.refused is not None:
+        log.event("config.kept_used", error=read.refused)
     for problem in supervisor.problems:
         log.event("host.passed_unusable", problem=problem)
     if supervisor.notifier.watchdog_period_s is not None:
@@ -95,8 +100,7 @@ async def _live(read: ReadConfig, supervisor: Supervisor, log: Log, began_ns: in
             daemon.tell_started(began_ns)
             code = await lifecycle.ended
             lifecycle.set_deadline(daemon.release_socket)
-            if code != EXIT_BUG:
-                daemon.ask_to_stop()
+            daemon.end(code)
     except StartError:
         raise
     except Exception as error:
@@ -153,7 +157,13 @@ class Daemon:
         assert config.state_dir is not None, "reading the configuration fills it in"
         self._store = SettingsStore(config.state_dir, config.safe_mode, log.event)
         closing.push_async_callback(self._store.close)
-        self._engine = Engine(_machine(config, self._store.open()), self._loop)
+        kept = self._store.open()
+        keeper = Keeper(table_path(config, os.environ), boot_id(), log.event, digest_of)
+        closing.callback(keeper.close)
+        self._keeper = keeper
+        self._succession = Succession(keeper, supervisor.inherited, supervisor.notifier, config)
+        epoch = self._succession.epoch or secrets.token_hex(EPOCH_BYTES)
+        self._engine = Engine(_machine(config, kept, epoch), self._loop)
         closing.callback(self._engine.close)
         self._supervised = Supervised(supervisor.notifier, self._engine, self._loop)
         self._supervised.add_remark(self._reloading.remark)
@@ -166,6 +176,7 @@ class Daemon:
     def start(self) -> None:
         """Let every room register, then answer, then look for GPUs and load the rest."""
         engine = self._engine
+        engine.on(Commit, self._keeper.commit)
         http = self._http_port()
         observers = Observers(
             self._config, engine, self._source, self._store, self._log, http, self._socket.path
@@ -176,8 +187,9 @@ class Daemon:
         engine.on(PersistSettings, lambda effect: self._store.persist(effect, engine.submit))
         attach_source(engine, self._source)
         self._processes.attach(engine)
-        observers.register(server, self._reloading.check)
+        observers.register(server, self._reloading.check, self._succession.check)
         self._closing.push_async_callback(server.stop)
+        self._succession.go_on(engine, server, self._log.event)
         server.serve(self._socket.listener)
         self._supervised.start()
         if not engine.state.safe_mode:
@@ -203,10 +215,18 @@ class Daemon:
             start_s=(time.monotonic_ns() - began_ns) / 1e9,
         )
 
-    def ask_to_stop(self) -> None:
-        """Let the core answer those who wait and tell those who hold."""
+    def end(self, code: int) -> None:
+        """Begin the end. Where connections outlive this process it does not return."""
         self._supervised.tell_stopping()
-        self._engine.submit(StopAsked())
+        if code != EXIT_BUG and not self._succession.hands_over:
+            # Those who wait are answered, those who hold are told.
+            self._engine.submit(StopAsked())
+        # What ends with this process has not ended for the next one.
+        self._succession.freeze()
+        if self._succession.hands_over:
+            self._log.event("daemon.handed_over", code=code)
+            self._log.close()
+            exit_now(code)
 
     def release_socket(self) -> None:
         """Give the socket's name up, when the rest of the end has taken too long."""
@@ -254,6 +274,7 @@ class Daemon:
             resolve_user=_resolve_user,
             signal_peer=self._signal_peer,
             on_bug=self._on_bug,
+            keeping=self._keeper,
         )
 
     def _identify(self, fd: int) -> Peer:
@@ -297,9 +318,10 @@ def _options(config: Config) -> Options:
     )
 
 
-def _machine(config: Config, kept: KeptSettings) -> Machine:
+def _machine(config: Config, kept: KeptSettings, epoch: str) -> Machine:
     settings = Settings(
-        epoch=secrets.token_hex(EPOCH_BYTES),
+        epoch=epoch,
+        keeps=True,
         limits=config.limits,
         ttl_ns=config.ttl_ns,
         reading_max_age_ns=config.reading_max_age_ns,

@@ -63,7 +63,7 @@ class Observers:
         self._store = store
         self._readiness = Readiness()
 
-    def register(self, server: Server, check_config: Check) -> None:
+    def register(self, server: Server, check_config: Check, check_table: Check) -> None:
         """Watch the engine from now on. Call it after the rooms that answer have registered."""
         self._log.attach(self._engine)
         self._metrics = metrics = Metrics(self._engine, self._sources(server))
@@ -84,6 +84,7 @@ class Observers:
         )
         add("settings", settings_check(lambda: self._store.failure))
         add("config", check_config)
+        add("table", check_table)
         add("loop", loop_check(metrics.lag))
         add("http", self._check_http)
 

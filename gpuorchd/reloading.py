@@ -42,13 +42,14 @@ class Reloading:
     """Reads the configuration of a running daemon again. `read` is what it was started with."""
 
     def __init__(self, read: ReadConfig, take: Take, report: Report) -> None:
+        """`read.refused` says why it is the last good one that is in force from the start."""
         self._inputs = read.inputs
         self._started = read.config
         self._last = read.config
         self._take = take
         self._report = report
         # Why the newest configuration cannot be, None where it can.
-        self.failure: str | None = None
+        self.failure: str | None = read.refused
         # Variables whose newest value waits for a restart.
         self.waiting: tuple[str, ...] = ()
 

@@ -13,6 +13,7 @@ have to be repeated are remembered here too, so that a table begun anew has them
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +24,21 @@ from gpuorchd.core import rows as kinds
 from gpuorchd.core import snapshot
 from gpuorchd.core.effects import Commit
 from gpuorchd.core.events import Kept
+from gpuorchd.core.model import Token
 from gpuorchd.core.rows import ClientRow, DeviceRow, LeaseRow, OutcomeRow, WaiterRow
 from gpuorchd.core.state import State
 from gpuorchd.host.descriptors import DescriptorStore, Teller
-from gpuorchd.host.start import Report
+from gpuorchd.host.settings_file import boot_id
+from gpuorchd.host.start import Report, StartError
 from gpuorchd.host.table import TRIES, Contents, Damaged, Key, Table, TableFull
 
+TABLE_NAME = "leases"
 # Rows of this room: connections with half a frame, and the configuration in force.
 HALF_SENT = "p"
 CONFIG = "k"
+# How a token's digest begins, which may be shown.
+DIGEST = "sha256:"
+_MOUNTS = Path("/proc/self/mountinfo")
 # What one request and what follows from it may need at most; less room than that grants nothing.
 ROOM_BYTES_MIN = 512 * 1024
 
@@ -48,9 +55,17 @@ class Found(NamedTuple):
 class Keeper:
     """The table and the store of one daemon. Call it on the loop; `close` gives both back."""
 
-    def __init__(self, path: Path, boot: str, report: Report) -> None:
-        """Open the table. Raises StartError where it cannot be had."""
+    def __init__(
+        self, path: Path, boot: str, report: Report, digest_of: Callable[[Token], Token]
+    ) -> None:
+        """Open the table. Raises StartError where it cannot be had.
+
+        Where it lies on a disk `digest_of` names leases in place of their tokens.
+        """
         self._report = report
+        self._digest_of = digest_of
+        # Where secrets must not be kept, and connections not outlive the daemon.
+        self.on_disk = not lies_in_memory(path)
         self._table = Table(path, boot)
         self._epoch = ""
         self._state: State | None = None
@@ -108,6 +123,11 @@ class Keeper:
     ) -> None:
         """Use the service manager's descriptor store from now on."""
         self._store = DescriptorStore(teller, loop, bound, stored)
+
+    @property
+    def path(self) -> Path:
+        """Where the table lies."""
+        return self._table.path
 
     @property
     def has_store(self) -> bool:
@@ -185,6 +205,8 @@ class Keeper:
     ) -> None:
         if self.failure is not None:
             return
+        if self.on_disk:
+            rows = self._without_secrets(rows)
         try:
             self._table.commit(rows, totals, self._everything)
         except TableFull as fault:
@@ -199,7 +221,16 @@ class Keeper:
 
     def _everything(self) -> tuple[str, Mapping[Key, object]]:
         assert self._state is not None, "asked before anything was begun"
-        return self._epoch, {**snapshot.everything(self._state), **self._own}
+        rows: Mapping[Key, Any] = {**snapshot.everything(self._state), **self._own}
+        return self._epoch, self._without_secrets(rows) if self.on_disk else rows
+
+    def _without_secrets(self, rows: Mapping[Key, Any]) -> Mapping[Key, Any]:
+        """Leave out what lets anybody in: nobody who needs it comes back without a store."""
+        found = {k: row for k, row in rows.items() if k[0] not in (kinds.WAITER, kinds.OUTCOME)}
+        for key, row in found.items():
+            if isinstance(row, LeaseRow) and not row.token.startswith(DIGEST):
+                found[key] = row._replace(token=self._digest_of(row.token))
+        return found
 
     def _fail(self, fault: TableFull) -> None:
         self.failure = str(fault)
@@ -210,6 +241,39 @@ class Keeper:
         aside = self._table.set_aside()
         self._report("host.table_set_aside", path=str(path), kept_as=str(aside), damage=why)
         self._table = Table(path, boot)
+
+
+def lies_in_memory(path: Path) -> bool:
+    """Whether a file there is gone with the machine's power: on a memory file system."""
+    where = os.path.realpath(path.parent)
+    best, kind = "", ""
+    for line in _MOUNTS.read_text().splitlines():
+        # Mount point, and the type behind a lone dash; octal escapes stand for odd characters.
+        fields = line.split(" ")
+        point = fields[4].encode().decode("unicode_escape")
+        inside = where == point or where.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, fields[fields.index("-") + 1]
+    return kind in ("tmpfs", "ramfs")
+
+
+def kept_config(folder: str) -> Mapping[str, str]:
+    """Read the configuration that the daemon before ran on; empty where none can be read."""
+    path = Path(folder) / TABLE_NAME
+    if not folder or not path.is_file():
+        return {}
+    try:
+        table = Table(path, boot_id())
+    except StartError:
+        return {}
+    try:
+        contents = table.read()
+        return {} if contents is None else _typed(contents).config
+    except Exception:
+        # Whatever is wrong with it is met again, and told, by the daemon that opens it to go on.
+        return {}
+    finally:
+        table.close()
 
 
 def _typed(contents: Contents) -> Found:

@@ -150,7 +150,6 @@ DAEMON: Mapping[str, EventKind] = {
         safe_mode=FLAG,
         start_s=SECONDS,
     ),
-    "daemon.resumed": _kind(Level.INFO, "a connection goes on after a restart", epoch=ID),
     "daemon.safe_mode": _kind(Level.WARNING, "SAFE_MODE was switched", on=FLAG),
     "daemon.stopping": _kind(Level.INFO, "the daemon is about to end", reason=TEXT),
     "daemon.stopped": _kind(Level.INFO, "the daemon has ended in order"),
@@ -179,6 +178,40 @@ DAEMON: Mapping[str, EventKind] = {
     ),
     "config.reload_refused": _kind(
         Level.ERROR, "the configuration cannot be: the one before stays in force", error=TEXT
+    ),
+    "daemon.resumed": _kind(
+        Level.INFO,
+        "goes on where the daemon before was",
+        epoch=ID,
+        connections=COUNT,
+        leases=COUNT,
+        waiting=COUNT,
+    ),
+    "daemon.handed_over": _kind(
+        Level.INFO, "ends without ending a lease: the next daemon goes on from here", code=ID
+    ),
+    "host.table_failed": _kind(
+        Level.ERROR,
+        "the lease table cannot be written: leases do not outlive the daemon, new ones are refused",
+        path=TEXT,
+        error=TEXT,
+    ),
+    "host.table_set_aside": _kind(
+        Level.ERROR,
+        "the lease table could not be gone on from: set aside, begun anew",
+        path=TEXT,
+        kept_as=TEXT,
+        damage=TEXT,
+    ),
+    "host.store_unused": _kind(
+        Level.ERROR,
+        "the lease table lies on a disk, so the descriptor store is not used",
+        path=TEXT,
+    ),
+    "config.kept_used": _kind(
+        Level.ERROR,
+        "the configuration cannot be: goes on with the last good one, for the leases' sake",
+        error=TEXT,
     ),
     "host.bounds_lowered": _kind(
         Level.ERROR,
