@@ -152,11 +152,13 @@ class Rig:
     def main_pid(self) -> int:
         """Return the daemon's pid as seen from outside, 0 while there is none."""
         procs = self._cgroup / "system.slice" / DAEMON / "cgroup.procs"
-        inner = self.show(DAEMON, "MainPID")
         try:
             outer = [int(pid) for pid in procs.read_text().split()]
         except OSError:
             return 0
+        if len(outer) < 2:
+            return outer[0] if outer else 0
+        inner = self.show(DAEMON, "MainPID")
         return next((pid for pid in outer if _inner_pid(pid) == inner), 0)
 
     def kill_daemon(self, number: signal.Signals = signal.SIGKILL) -> int:
@@ -216,6 +218,18 @@ class Rig:
         """Return the pid outside of what `start` started."""
         wait_until(lambda: bool(_children(started.pid)), "the process inside")
         return _children(started.pid)[0]
+
+    def end(self, started: subprocess.Popen[str]) -> None:
+        """End what `start` started, whatever it does, and close its streams."""
+        inside = _children(started.pid)
+        for pid in inside:
+            os.kill(pid, signal.SIGKILL)
+        if not inside and started.poll() is None:
+            started.kill()
+        started.wait(STEP_TIMEOUT_S)
+        for stream in (started.stdin, started.stdout, started.stderr):
+            if stream is not None:
+                stream.close()
 
     def close(self) -> None:
         """End everything inside and remove what was there."""
@@ -278,7 +292,9 @@ class Rig:
     def _inside(self, command: Sequence[str], user: str | None) -> list[str]:
         enter = ["nsenter", f"--target={self.pid}", "--all", "--"]
         if user is not None:
-            enter += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--"]
+            entries = self.path("/etc/passwd").read_text().splitlines()
+            gid = next(line.split(":")[3] for line in entries if line.startswith(f"{user}:"))
+            enter += ["setpriv", f"--reuid={user}", f"--regid={gid}", "--init-groups", "--"]
         return [*enter, *command]
 
 
