@@ -37,6 +37,8 @@ PYTHON = "/usr/lib/gpuorchd/bin/python"
 ENV_FILE = "/etc/justnews/gpu_orchestrator.env"
 SOCKET = "/run/justnews/gpuorch.sock"
 DAEMON = "gpuorchd.service"
+# In the command line of the daemon's child.
+PROBE = b"gpuorchd.devices.probe"
 SOCKETS = ("gpuorchd.socket", "gpuorchd-metrics.socket")
 SYSTEMD = ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")
 INSIDE = {
@@ -157,8 +159,11 @@ class Rig:
             outer = [int(pid) for pid in procs.read_text().split()]
         except OSError:
             return 0
-        if len(outer) < 2:
-            return outer[0] if outer else 0
+        if not outer:
+            return 0
+        if len(outer) == 1 and PROBE not in _command(outer[0]):
+            return outer[0]
+        # A child of it, too, or what one left behind: systemd knows which it is.
         inner = self.show(DAEMON, "MainPID")
         return next((pid for pid in outer if _inner_pid(pid) == inner), 0)
 
@@ -331,6 +336,13 @@ def _children(pid: int) -> list[int]:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
         return []
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _inner_pid(pid: int) -> str:
