@@ -15,11 +15,13 @@ from gpuorchd.config import ConfigError
 from gpuorchd.config_reading import Inputs, effective
 from gpuorchd.host.env_file import EnvFileError
 from gpuorchd.host.start import EXIT_CANNOT_START, EXIT_USAGE, StartError
+from gpuorchd.host.supervisor import meet_supervisor
 from libclient.version import VERSION
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 cannot start, 2 bad value, 70 bug."""
+    supervisor = meet_supervisor(os.environ)
     asked = read_command_line(sys.argv[1:] if argv is None else argv, VERSION)
     try:
         read = Inputs(asked.flags, dict(os.environ), asked.env_file).read()
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _refuse(f"{error.name} is missing; install gpuorchd[daemon]", EXIT_CANNOT_START)
     try:
-        return run_daemon(read)
+        return run_daemon(read, supervisor)
     except StartError as error:
         return _refuse(error, EXIT_CANNOT_START)
 

@@ -102,6 +102,11 @@ class Config:
         "Socket", "GPUORCH_SOCKET_MODE", "--socket-mode", MODE, 0o660,
         "who may open the socket, as the mode of its file",
     )
+    require_passed_socket: bool | None = setting(
+        "Socket", "GPUORCH_REQUIRE_PASSED_SOCKET", "--require-passed-socket", FLAG, None,
+        "whether the service manager has to pass the Unix socket, which then has its own name, "
+        "mode and group; unset: it has to where it started the daemon; false: bind one here",
+    )
     admin_group: int | None = setting(
         "Socket", "GPUORCH_ADMIN_GROUP", "--admin-group", GROUP, None,
         "the group whose members may change policy, cordon and revoke; unset: only root and the "

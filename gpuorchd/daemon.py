@@ -11,6 +11,7 @@ closed, and the socket's name goes last: nobody takes it while something of this
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import os
 import pwd
@@ -35,17 +36,20 @@ from gpuorchd.devices.processes import ProcessWatch
 from gpuorchd.devices.simulated import SimulatedDevices
 from gpuorchd.devices.telemetry import DeviceSource, attach_source
 from gpuorchd.engine import Engine
+from gpuorchd.host.http_port import HttpPort, choose_http_port
 from gpuorchd.host.lifecycle import Lifecycle
 from gpuorchd.host.limits import fit_open_files
 from gpuorchd.host.settings_file import KeptSettings
 from gpuorchd.host.settings_store import SettingsStore
-from gpuorchd.host.socket_file import claim_socket
+from gpuorchd.host.socket_file import PassedSocket
 from gpuorchd.host.start import EXIT_BUG, StartError
+from gpuorchd.host.supervisor import Supervisor, served_socket
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
 from gpuorchd.reloading import Reloading
 from gpuorchd.server.listener import Server
 from gpuorchd.server.services import Options, PeerNotTaken, Services
+from gpuorchd.supervised import Supervised
 from libclient.version import VERSION
 from libclient.wire.vocabulary import FORBIDDEN, LIMIT
 
@@ -55,30 +59,38 @@ EPOCH_BYTES = 8
 NOBODY = ConnectionId(0)
 
 
-def run_daemon(read: ReadConfig) -> int:
+def run_daemon(read: ReadConfig, supervisor: Supervisor) -> int:
     """Run until a signal or a bug ends it; return the exit code.
 
-    Raises `StartError` where it cannot start; nothing of it is left behind then.
+    What `supervisor` passed is closed at the end. Raises `StartError` where it cannot start;
+    nothing of it is left behind then.
     """
     began_ns = time.monotonic_ns()
     config = read.config
     log = Log(form=config.log_format.value, level=config.log_level.value)
     for warning in read.warnings:
         log.event("config.value_warned", warning=warning)
+    for problem in supervisor.problems:
+        log.event("host.passed_unusable", problem=problem)
+    if supervisor.notifier.watchdog_period_s is not None:
+        # The watchdog's signal then leaves in the log where it hung.
+        faulthandler.enable()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_live(read, log, began_ns))
+            return runner.run(_live(read, supervisor, log, began_ns))
     finally:
+        supervisor.inherited.close()
+        supervisor.notifier.close()
         log.close()
 
 
-async def _live(read: ReadConfig, log: Log, began_ns: int) -> int:
+async def _live(read: ReadConfig, supervisor: Supervisor, log: Log, began_ns: int) -> int:
     loop = asyncio.get_running_loop()
     lifecycle = Lifecycle(loop, log.event)
     lifecycle.install()
     try:
         async with AsyncExitStack() as closing:
-            daemon = Daemon(read, log, lifecycle, closing)
+            daemon = Daemon(read, supervisor, log, lifecycle, closing)
             daemon.start()
             daemon.tell_started(began_ns)
             code = await lifecycle.ended
@@ -121,21 +133,31 @@ class Daemon:
     """The rooms of one daemon. Every room that is opened puts its closing on `closing`."""
 
     def __init__(
-        self, read: ReadConfig, log: Log, lifecycle: Lifecycle, closing: AsyncExitStack
+        self,
+        read: ReadConfig,
+        supervisor: Supervisor,
+        log: Log,
+        lifecycle: Lifecycle,
+        closing: AsyncExitStack,
     ) -> None:
         self._config = config = _fit(read.config, log)
         self._reloading = Reloading(read, self._take, log.event)
+        self._sources = read.sources
+        self._supervisor = supervisor
         self._log = log
         self._lifecycle = lifecycle
         self._closing = closing
         self._loop = asyncio.get_running_loop()
-        self._socket = claim_socket(config.socket, config.socket_mode, config.socket_group)
+        self._socket = served_socket(supervisor, config)
         closing.callback(self._socket.release)
         assert config.state_dir is not None, "reading the configuration fills it in"
         self._store = SettingsStore(config.state_dir, config.safe_mode, log.event)
         closing.push_async_callback(self._store.close)
         self._engine = Engine(_machine(config, self._store.open()), self._loop)
         closing.callback(self._engine.close)
+        self._supervised = Supervised(supervisor.notifier, self._engine, self._loop)
+        closing.callback(self._supervised.stop)
+        self._supervised.add_remark(self._reloading.remark)
         self._processes = ProcessWatch(self._engine, self._loop)
         closing.callback(self._processes.close)
         self._source = _device_source(config, self._engine, self._loop, log)
@@ -144,7 +166,10 @@ class Daemon:
     def start(self) -> None:
         """Let every room register, then answer, then look for GPUs and load the rest."""
         engine = self._engine
-        observers = Observers(self._config, engine, self._source, self._store, self._log)
+        http = self._http_port()
+        observers = Observers(
+            self._config, engine, self._source, self._store, self._log, http, self._socket.path
+        )
         self._server = server = Server(
             engine, self._services(observers), _options(self._config), self._loop
         )
@@ -154,6 +179,7 @@ class Daemon:
         observers.register(server, self._reloading.check)
         self._closing.push_async_callback(server.stop)
         server.serve(self._socket.listener)
+        self._supervised.start()
         if not engine.state.safe_mode:
             self._source.open()
         # What is here now stays: the collector need not look at it again and again.
@@ -162,7 +188,7 @@ class Daemon:
         self._log.start(self._loop)
         self._closing.push_async_callback(observers.stop)
         observers.start(self._loop, self._lifecycle.fail)
-        self._lifecycle.on_hangup(self._reloading.reload)
+        self._lifecycle.on_hangup(self._reload)
 
     def tell_started(self, began_ns: int) -> None:
         """Log that the daemon answers."""
@@ -172,13 +198,14 @@ class Daemon:
             version=VERSION,
             epoch=state.settings.epoch,
             pid=os.getpid(),
-            socket=str(self._config.socket),
+            socket=str(self._socket.path),
             safe_mode=state.safe_mode,
             start_s=(time.monotonic_ns() - began_ns) / 1e9,
         )
 
     def ask_to_stop(self) -> None:
         """Let the core answer those who wait and tell those who hold."""
+        self._supervised.tell_stopping()
         self._engine.submit(StopAsked())
 
     def release_socket(self) -> None:
@@ -200,6 +227,23 @@ class Daemon:
             if config.safe_mode is not None:
                 changes = {SAFE_MODE: config.safe_mode}
                 self._engine.submit(PolicyChangeAsked(NOBODY, None, changes, None, {}))
+
+    def _reload(self) -> None:
+        """Read the configuration again, and let the service manager know when that is done."""
+        self._supervised.tell_reloading()
+        self._reloading.reload()
+        self._supervised.tell_reloaded()
+
+    def _http_port(self) -> HttpPort:
+        inherited = self._supervisor.inherited
+        # Whoever serves it closes it.
+        metrics, inherited.metrics = inherited.metrics, None
+        return choose_http_port(
+            self._config.http_port,
+            is_set="http_port" in self._sources,
+            passed=metrics,
+            under_manager=isinstance(self._socket, PassedSocket),
+        )
 
     def _services(self, observers: Observers) -> Services:
         return Services(

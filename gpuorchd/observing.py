@@ -10,11 +10,13 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from gpuorchd import views
 from gpuorchd.config import Config
 from gpuorchd.devices.telemetry import CALL_BUCKETS_S, DeviceSource
 from gpuorchd.engine import Engine
+from gpuorchd.host.http_port import HttpPort
 from gpuorchd.host.settings_store import SettingsStore
 from gpuorchd.observe.http import HttpSide, Pages
 from gpuorchd.observe.log import Log
@@ -45,11 +47,15 @@ class Observers:
         source: DeviceSource,
         store: SettingsStore,
         log: Log,
+        http_port: HttpPort,
+        socket_path: Path,
     ) -> None:
         self._config = config
         self._engine = engine
         self._source = source
         self._log = log
+        self._http_port = http_port
+        self._socket_path = socket_path
         self._metrics: Metrics | None = None
         self._http: HttpSide | None = None
         self._http_failed = False
@@ -87,7 +93,7 @@ class Observers:
         """Begin to measure the loop, and to serve HTTP as soon as its library is loaded."""
         assert self._metrics is not None, "started before registered"
         self._metrics.start(loop)
-        if not self._config.http_port:
+        if not self._http_port.wanted:
             return
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -105,6 +111,9 @@ class Observers:
             await asyncio.wait([self._serving])
         if self._http is not None:
             await self._http.stop()
+        if self._http_port.sock is not None:
+            # Closed here too, where it ended before it was served.
+            self._http_port.sock.close()
         if self._metrics is not None:
             await self._metrics.stop()
 
@@ -122,7 +131,10 @@ class Observers:
 
     async def _serve_http(self) -> None:
         while True:
-            self._http = HttpSide(self._pages(), self._report_http, port=self._config.http_port)
+            choice = self._http_port
+            self._http = HttpSide(
+                self._pages(), self._report_http, port=choice.port, sock=choice.sock
+            )
             await self._http.start()
             if self._http.failure is None:
                 # The HTTP library is here to stay: the collector need not look at it either.
@@ -137,7 +149,9 @@ class Observers:
             self._log.event(event, **fields)
 
     def _check_http(self) -> tuple[bool, str]:
-        if not self._config.http_port:
+        if self._http_port.fault is not None:
+            return False, self._http_port.fault
+        if not self._http_port.wanted:
             return True, "no HTTP port is configured"
         return (False, "not started yet") if self._http is None else self._http.check()
 
@@ -149,7 +163,7 @@ class Observers:
             policy=lambda: views.policy_get(self._engine.state),
             allocations=self._allocations,
             metrics=self._metrics_page,
-            socket_path=str(self._config.socket),
+            socket_path=str(self._socket_path),
         )
 
     def _moment(self) -> views.Moment:

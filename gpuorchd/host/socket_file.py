@@ -49,6 +49,20 @@ class SocketFile:
         self._lock.release()
 
 
+class PassedSocket:
+    """A listening socket that the service manager bound: its name stays when the daemon ends."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        name = listener.getsockname()
+        # An abstract name comes as bytes, and shows with the "@" that units write.
+        self.path = Path("@" + name[1:].decode() if isinstance(name, bytes) else name)
+
+    def release(self) -> None:
+        """Close the listener; the service manager has another descriptor of it."""
+        self.listener.close()
+
+
 def claim_socket(path: Path, mode: int, gid: int | None) -> SocketFile:
     """Bind `path`, or raise `StartError` with the reason why it cannot be ours.
 

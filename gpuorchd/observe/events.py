@@ -190,6 +190,9 @@ DAEMON: Mapping[str, EventKind] = {
         max_processes=COUNT,
         wanted_processes=COUNT,
     ),
+    "host.passed_unusable": _kind(
+        Level.WARNING, "the service manager passed what cannot be used", problem=TEXT
+    ),
     "host.settings_set_aside": _kind(
         Level.ERROR,
         "the kept settings are damaged: set aside, defaults hold",
