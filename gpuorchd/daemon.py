@@ -142,7 +142,7 @@ class Daemon:
     ) -> None:
         self._config = config = _fit(read.config, log)
         self._reloading = Reloading(read, self._take, log.event)
-        self._sources = read.sources
+        self._read = read
         self._supervisor = supervisor
         self._log = log
         self._lifecycle = lifecycle
@@ -156,8 +156,8 @@ class Daemon:
         self._engine = Engine(_machine(config, self._store.open()), self._loop)
         closing.callback(self._engine.close)
         self._supervised = Supervised(supervisor.notifier, self._engine, self._loop)
-        closing.callback(self._supervised.stop)
         self._supervised.add_remark(self._reloading.remark)
+        closing.callback(self._supervised.stop)
         self._processes = ProcessWatch(self._engine, self._loop)
         closing.callback(self._processes.close)
         self._source = _device_source(config, self._engine, self._loop, log)
@@ -212,6 +212,23 @@ class Daemon:
         """Give the socket's name up, when the rest of the end has taken too long."""
         self._socket.release()
 
+    def _http_port(self) -> HttpPort:
+        inherited = self._supervisor.inherited
+        # Whoever serves it closes it.
+        metrics, inherited.metrics = inherited.metrics, None
+        return choose_http_port(
+            self._config.http_port,
+            is_set="http_port" in self._read.sources,
+            passed=metrics,
+            under_manager=isinstance(self._socket, PassedSocket),
+        )
+
+    def _reload(self) -> None:
+        """Read the configuration again, and let the service manager know when that is done."""
+        self._supervised.tell_reloading()
+        self._reloading.reload()
+        self._supervised.tell_reloaded()
+
     def _take(self, config: Config, changed: frozenset[str]) -> None:
         """Put in force what a reload has changed."""
         self._config = config = _fit(config, self._log)
@@ -227,23 +244,6 @@ class Daemon:
             if config.safe_mode is not None:
                 changes = {SAFE_MODE: config.safe_mode}
                 self._engine.submit(PolicyChangeAsked(NOBODY, None, changes, None, {}))
-
-    def _reload(self) -> None:
-        """Read the configuration again, and let the service manager know when that is done."""
-        self._supervised.tell_reloading()
-        self._reloading.reload()
-        self._supervised.tell_reloaded()
-
-    def _http_port(self) -> HttpPort:
-        inherited = self._supervisor.inherited
-        # Whoever serves it closes it.
-        metrics, inherited.metrics = inherited.metrics, None
-        return choose_http_port(
-            self._config.http_port,
-            is_set="http_port" in self._sources,
-            passed=metrics,
-            under_manager=isinstance(self._socket, PassedSocket),
-        )
 
     def _services(self, observers: Observers) -> Services:
         return Services(

@@ -95,6 +95,16 @@ async def test_a_remark_stands_behind_the_line_while_it_lasts(told: Supervised, 
     assert (await hear(ear)).endswith("0 waiting")
 
 
+async def test_a_reload_begins_and_ends_for_the_service_manager(told: Supervised, ear: Ear) -> None:
+    told.start()
+    await hear(ear)
+    await hear(ear)
+    told.tell_reloading()
+    told.tell_reloaded()
+    assert (await hear(ear)).startswith("RELOADING=1\nMONOTONIC_USEC=")
+    assert await hear(ear) == "READY=1"
+
+
 async def test_ready_is_said_again_until_it_is_taken(
     tmp_path: Path, engine: ObservedEngine, soon: None
 ) -> None:
