@@ -244,6 +244,7 @@ class Daemon:
         )
 
     def _reload(self) -> None:
+        """Read the configuration again, and let the service manager know when that is done."""
         self._supervised.tell_reloading()
         self._reloading.reload()
         self._supervised.tell_reloaded()

@@ -59,14 +59,18 @@ class Supervised:
             self._status_timer = self._loop.call_later(STATUS_PERIOD_S, self._show)
 
     def tell_reloading(self) -> None:
-        """Say that the configuration is being read anew; `tell_reloaded` has to follow."""
+        """Say that the configuration is being read again."""
         self._notifier.reloading()
 
     def tell_reloaded(self) -> None:
-        """Say that the reload has ended, well or not."""
-        if not self._ended:
-            self._say_ready()
-            self.refresh()
+        """Say that it has been read, and show in the status line what came of it."""
+        if self._ended:
+            return
+        for timer in (self._ready_timer, self._status_timer):
+            if timer is not None:
+                timer.cancel()
+        self._say_ready()
+        self._show()
 
     def tell_stopping(self) -> None:
         """Say that the daemon ends."""

@@ -33,7 +33,7 @@ class ExitCode(NamedTuple):
 
 TABLE: Final = (
     ExitCode(OK, "done; `run`: the command took over, and the code is its own"),
-    ExitCode(NO, "the answer is no: not ready, would not be granted, nothing changed"),
+    ExitCode(NO, "the answer is no: not ready, would not be granted, nothing changed, not well"),
     ExitCode(USAGE, "the command line is wrong"),
     ExitCode(EXTRA_MISSING, "this command needs an extra that is not installed; it says which"),
     ExitCode(REFUSED, "the daemon refused the request, and would refuse it again"),

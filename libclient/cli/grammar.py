@@ -124,6 +124,10 @@ def _ready(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _doctor(parser: ArgumentParser) -> None:
+    parser.add_argument("--strict", action="store_true", help="a warning counts as a failure")
+
+
 def _completion(parser: ArgumentParser) -> None:
     parser.add_argument("shell", choices=SHELLS, help="for which shell")
 
@@ -211,6 +215,13 @@ COMMANDS = (
         "ready", "asking:ready", "ask whether requests get right answers: a gate for scripts",
         "Prints the checks that fail. Exit code 0: ready, 1: not ready, 69: no daemon.",
         (("gpuorch ready --wait 30s && ./start-agents", ""),), _ready,
+    ),
+    Command(
+        "doctor", "doctor.command:doctor", "find out what is wrong here, and how to mend it",
+        "Looks at units, socket, group, daemon, env file, port, driver, NVML, MPS, descriptor\n"
+        "store, limits and cgroup, with or without a daemon; changes nothing. Root sees more.\n"
+        "Exit code 0: nothing failed, though there may be warnings; 1: something did.",
+        (("gpuorch doctor", ""), ("gpuorch doctor --strict --json", "for scripts")), _doctor,
     ),
     Command(
         "completion", "completion:completion", "print a completion script for a shell", "",

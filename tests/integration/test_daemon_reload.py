@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.daemon_process import DaemonProcess, running_daemon, wait_until
+from tests.support.passing_manager import Ear, passed_daemon
 
 SIMULATED = ("--simulate", "1x24576")
 
@@ -172,3 +173,25 @@ def test_a_typo_stops_the_start_with_its_line(tmp_path: Path) -> None:
         assert f"SAFE_MODE ({path}:2) is 'maybe'" in daemon.output()
     finally:
         daemon.end()
+
+
+def test_the_service_manager_hears_of_a_reload_and_of_what_was_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.env"
+    path.touch(0o640)
+    # The status line tells of GPUs too, which are not to change here.
+    flags = ("--safe-mode", "--env-file", str(path))
+    with Ear(tmp_path / "n") as ear:
+        environ = {"NOTIFY_SOCKET": str(ear.path)}
+        passed = {"gpuorchd.socket": tmp_path / "s"}
+        with passed_daemon(tmp_path, *flags, passed=passed, environ=environ) as daemon:
+            ear.hear_until("STATUS=SAFE_MODE")
+            reloaded = Reloaded(daemon, path)
+            reloaded.reload("SAFE_MODE\n", "config.reload_refused")
+            heard = ear.hear_until("STATUS=")
+            assert [line.split("=")[0] for line in heard] == ["RELOADING", "READY", "STATUS"]
+            assert "MONOTONIC_USEC=" in heard[0]
+            assert f"configuration refused: {path}:1: 'SAFE_MODE' has no =" in heard[-1]
+            reloaded.reload("GPUORCH_LOG_LEVEL=info\n")
+            heard = ear.hear_until("STATUS=")
+            assert [line.split("=")[0] for line in heard] == ["RELOADING", "READY", "STATUS"]
+            assert "refused" not in heard[-1]
