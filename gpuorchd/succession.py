@@ -86,7 +86,7 @@ class Succession:
         if found is not None or fate.attached:
             try:
                 engine.submit(Restored(kept, frozenset(fate.attached), fate.lost, grace_ns))
-            except Exception as fault:
+            except Exception as fault:  # counted, so that a second one sets the table aside
                 self._keeper.failed(fault)
                 raise
         self._keeper.begin(engine.state, texts_of(self._config))

@@ -88,7 +88,7 @@ class Keeper:
         except Damaged as fault:
             self._set_aside(str(fault))
             return None
-        except Exception as fault:
+        except Exception as fault:  # whatever it is, it must not be met again and again
             self.failed(fault)
             return None
         # Answers that may still have to be given again are kept until their connection ends.
@@ -269,8 +269,7 @@ def kept_config(folder: str) -> Mapping[str, str]:
     try:
         contents = table.read()
         return {} if contents is None else _typed(contents).config
-    except Exception:
-        # Whatever is wrong with it is met again, and told, by the daemon that opens it to go on.
+    except Exception:  # it is met again, and told, by the daemon that opens it to go on
         return {}
     finally:
         table.close()

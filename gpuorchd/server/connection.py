@@ -185,16 +185,14 @@ class Connection(Outliving, asyncio.BufferedProtocol):
     def answered(self, request_id: RequestId) -> None:
         """Go on taking requests where it was this answer that was waited for."""
         if self.deferred and self._deferred_id == request_id:
-            self.deferred = False
-            self.op = LATE_OP
-            if self.board.busy is not self:
-                self._run_soon()
+            self.go_on()
 
     def go_on(self) -> None:
         """Take further requests: the deferred one waits for nothing that they could overtake."""
         self.deferred = False
         self.op = LATE_OP
-        self._run_soon()
+        if self.board.busy is not self:
+            self._run_soon()
 
     def resume(self, peer: Peer | None, *, sealed: bool) -> None:
         """Go on with a connection that outlived a daemon; `peer` None: it holds nothing yet."""

@@ -105,8 +105,8 @@ def test_a_bug_on_the_way_out_is_logged_and_does_not_pass_for_a_clean_stop(tmp_p
         "import sys\n"
         "from gpuorchd.__main__ import main\n"
         "from gpuorchd.daemon import Daemon\n"
-        "def fall(daemon): raise KeyError('a bug')\n"
-        "Daemon.ask_to_stop = fall\n"
+        "def fall(daemon, code): raise KeyError('a bug')\n"
+        "Daemon.end = fall\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     daemon = DaemonProcess(tmp_path, *SIMULATED, program=("-c", script))

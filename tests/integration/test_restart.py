@@ -15,7 +15,7 @@ import pytest
 
 from libclient.wire.framing import MAX_REPLY_BYTES, FrameSplitter, frame
 from tests.support.daemon_process import DaemonProcess
-from tests.support.manager import Manager
+from tests.support.init import Init
 
 DEADLINE_S = 20.0
 CARD = ("--simulate", "1x8000")
@@ -82,28 +82,26 @@ class Client:
 
 
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[Manager]:
-    with Manager(tmp_path, *CARD) as found:
+def manager(tmp_path: Path) -> Iterator[Init]:
+    with Init(tmp_path, *CARD) as found:
         yield found
 
 
 @pytest.fixture
-def clients(manager: Manager) -> Iterator[list[Client]]:
+def clients(manager: Init) -> Iterator[list[Client]]:
     made = [Client(manager.socket) for _ in range(3)]
     yield made
     for client in made:
         client.close()
 
 
-def joined(manager: Manager, clients: list[Client]) -> Client:
+def joined(manager: Init, clients: list[Client]) -> Client:
     """Open one more connection; the fixture closes it."""
     clients.append(Client(manager.socket))
     return clients[-1]
 
 
-def test_a_lease_goes_on_after_the_daemon_was_killed(
-    manager: Manager, clients: list[Client]
-) -> None:
+def test_a_lease_goes_on_after_the_daemon_was_killed(manager: Init, clients: list[Client]) -> None:
     holder = clients[0]
     hello = holder.ask(1, "hello")
     granted = holder.lease(2, 6_000)
@@ -118,9 +116,7 @@ def test_a_lease_goes_on_after_the_daemon_was_killed(
     assert holder.ask(5, "release", token=granted["token"])["released"]
 
 
-def test_who_waited_goes_on_waiting_in_the_same_order(
-    manager: Manager, clients: list[Client]
-) -> None:
+def test_who_waited_goes_on_waiting_in_the_same_order(manager: Init, clients: list[Client]) -> None:
     holder, first, second = clients
     granted = holder.lease(1, 6_000)
     first.send(1, "lease", agent="first", min_memory_mb=6_000, wait_s=60)
@@ -141,7 +137,7 @@ def test_who_waited_goes_on_waiting_in_the_same_order(
 
 
 def test_what_was_done_is_not_done_twice_and_answered_the_same(
-    manager: Manager, clients: list[Client]
+    manager: Init, clients: list[Client]
 ) -> None:
     holder = clients[0]
     granted = holder.lease(1, 6_000)
@@ -156,9 +152,7 @@ def test_what_was_done_is_not_done_twice_and_answered_the_same(
     assert holder.reply(1)["lease_id"] != granted["lease_id"]
 
 
-def test_a_grant_that_was_not_read_is_the_same_grant(
-    manager: Manager, clients: list[Client]
-) -> None:
+def test_a_grant_that_was_not_read_is_the_same_grant(manager: Init, clients: list[Client]) -> None:
     holder = clients[0]
     granted = holder.lease(1, 6_000)
     manager.restart()
@@ -171,9 +165,7 @@ def test_a_grant_that_was_not_read_is_the_same_grant(
     assert (refused["id"], refused["error"]["field"]) == (None, "id")
 
 
-def test_a_client_that_died_meanwhile_keeps_nothing(
-    manager: Manager, clients: list[Client]
-) -> None:
+def test_a_client_that_died_meanwhile_keeps_nothing(manager: Init, clients: list[Client]) -> None:
     dies, lives, _ = clients
     assert dies.lease(1, 4_000)["granted"]
     assert lives.lease(1, 1_000)["granted"]
@@ -184,9 +176,7 @@ def test_a_client_that_died_meanwhile_keeps_nothing(
     assert joined(manager, clients).lease(1, 6_500, wait_s=10)["granted"]
 
 
-def test_a_sealed_connection_is_held_without_a_word(
-    manager: Manager, clients: list[Client]
-) -> None:
+def test_a_sealed_connection_is_held_without_a_word(manager: Init, clients: list[Client]) -> None:
     sealed, other, _ = clients
     assert sealed.lease(1, 6_000)["granted"]
     assert sealed.ask(2, "seal")["ok"]
@@ -200,9 +190,7 @@ def test_a_sealed_connection_is_held_without_a_word(
         sealed.sock.recv(1)
 
 
-def test_a_clean_stop_hands_over_and_answers_nobody(
-    manager: Manager, clients: list[Client]
-) -> None:
+def test_a_clean_stop_hands_over_and_answers_nobody(manager: Init, clients: list[Client]) -> None:
     holder, waiter, _ = clients
     granted = holder.lease(1, 6_000)
     waiter.send(1, "lease", agent="w", min_memory_mb=6_000, wait_s=60)
@@ -219,7 +207,7 @@ def test_a_clean_stop_hands_over_and_answers_nobody(
 
 
 def test_an_emptied_store_leaves_leases_to_be_reattached(
-    manager: Manager, clients: list[Client]
+    manager: Init, clients: list[Client]
 ) -> None:
     holder, other, _ = clients
     granted = holder.lease(1, 6_000)
@@ -240,7 +228,7 @@ def test_an_emptied_store_leaves_leases_to_be_reattached(
 
 
 def test_nobody_comes_back_after_the_grace(tmp_path: Path) -> None:
-    with Manager(tmp_path, *CARD, "--reattach-grace", "0.3") as manager:
+    with Init(tmp_path, *CARD, "--reattach-grace", "0.3") as manager:
         holder = Client(manager.socket)
         assert holder.lease(1, 6_000)["granted"]
         manager.kill()
@@ -274,7 +262,7 @@ def test_without_a_store_leases_are_reattached_too(tmp_path: Path) -> None:
 
 
 def test_a_full_store_refuses_the_next_and_keeps_the_others(tmp_path: Path) -> None:
-    with Manager(tmp_path, *CARD, bound=3) as manager:
+    with Init(tmp_path, *CARD, bound=3) as manager:
         clients = [Client(manager.socket) for _ in range(4)]
         for client in clients[:3]:
             assert client.lease(1, 100)["granted"]
@@ -296,7 +284,7 @@ def test_a_full_store_refuses_the_next_and_keeps_the_others(tmp_path: Path) -> N
 
 
 def test_a_manager_that_does_not_read_costs_a_refusal_and_no_lease(
-    manager: Manager, clients: list[Client]
+    manager: Init, clients: list[Client]
 ) -> None:
     assert clients[0].lease(1, 100)["granted"]
     manager.deaf = True
@@ -308,7 +296,7 @@ def test_a_manager_that_does_not_read_costs_a_refusal_and_no_lease(
 
 
 def test_a_connection_with_half_a_frame_is_ended_and_comes_back(
-    manager: Manager, clients: list[Client]
+    manager: Init, clients: list[Client]
 ) -> None:
     holder, other, _ = clients
     # Frames of more than 32 KiB may be cut by the kernel.
@@ -330,9 +318,7 @@ def test_a_connection_with_half_a_frame_is_ended_and_comes_back(
     assert all(reply["granted"] for reply in back)
 
 
-def test_a_bad_setting_does_not_end_what_agents_hold(
-    manager: Manager, clients: list[Client]
-) -> None:
+def test_a_bad_setting_does_not_end_what_agents_hold(manager: Init, clients: list[Client]) -> None:
     holder = clients[0]
     granted = holder.lease(1, 6_000)
     manager.environ["GPU_ORCHESTRATOR_LEASE_TTL"] = "soon"
@@ -346,7 +332,7 @@ def test_a_bad_setting_does_not_end_what_agents_hold(
 
 
 def test_garbage_in_place_of_the_marker_is_thrown_away(
-    manager: Manager, clients: list[Client]
+    manager: Init, clients: list[Client]
 ) -> None:
     holder = clients[0]
     granted = holder.lease(1, 6_000)

@@ -19,7 +19,8 @@ from gpuorchd.core import events as ev
 from gpuorchd.core.model import Ask, DeviceUuid, Priority, Token
 from gpuorchd.core.state import Limits, Settings
 from tests.support.cast import Cast
-from tests.support.stage import Pace, Stage
+from tests.support.pace import Pace
+from tests.support.stage import Stage
 from tests.support.world import MS, SECOND, card
 
 T = TypeVar("T")

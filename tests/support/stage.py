@@ -30,60 +30,12 @@ from gpuorchd.core.model import (
 from gpuorchd.core.placement import Plan
 from gpuorchd.core.state import Settings
 from tests.support.observer import Observer
+from tests.support.pace import Pace
 from tests.support.recorded import Table
-from tests.support.world import MS, SECOND, Process, World
+from tests.support.world import SECOND, Process, World
 
 TRACE_EVENTS = 30
 RESTART_GRACE_NS = 3 * SECOND
-
-
-class Pace:
-    """How long things take, and what goes wrong: here nothing does."""
-
-    # Between two readings that nobody asked for; 0: only those that are asked for.
-    reading_every_ns = SECOND
-    # The list of processes is read with the last of the memory values, not with the first.
-    listed_last = True
-
-    def reading_wait_ns(self) -> int:
-        """From the wish for a reading to its start."""
-        return MS
-
-    def reading_takes_ns(self) -> int:
-        """From its first value to its last, and again to its arrival."""
-        return MS
-
-    def reading_fails(self) -> bool:
-        """Whether a card that is well cannot be read this time."""
-        return False
-
-    def memory_back_ns(self) -> int:
-        """From a process's death to the return of its memory."""
-        return 150 * MS
-
-    def pidfd_after_ns(self) -> int:
-        """From the return of its memory to the pidfd."""
-        return MS
-
-    def hangup_ns(self) -> int:
-        """From a process's death to the end of its connections."""
-        return MS // 3
-
-    def persist_ns(self) -> int:
-        """How long the disk takes."""
-        return 5 * MS
-
-    def persist_fails(self) -> bool:
-        """Whether the disk refuses."""
-        return False
-
-    def probe_ns(self) -> int:
-        """How long it takes to find the cards."""
-        return 20 * MS
-
-    def timer_late_ns(self) -> int:
-        """How late the loop wakes up."""
-        return 0
 
 
 class Link:

@@ -38,6 +38,8 @@ BAD = [
     ("GPUORCH_SOCKET_GROUP", "no such group here", "a group of this host"),
     ("GPUORCH_ADMIN_GROUP", "4294967295", "a group of this host"),
     ("GPUORCH_STATE_DIR", "state", "an absolute path"),
+    ("GPUORCH_DESCRIPTOR_STORE", "-1", "a whole number from 0"),
+    ("GPUORCH_REATTACH_GRACE_S", "soon", "seconds"),
     ("SAFE_MODE", "maybe", "true or false"),
     ("SAFE_MODE", "2", "true or false"),
     ("ENABLE_NVML", "auto", "true or false"),

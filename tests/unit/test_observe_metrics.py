@@ -301,7 +301,7 @@ async def test_leases_are_looked_at_in_slices_and_one_that_ends_meanwhile_is_lef
             engine.pass_s(1)
     assert turns > 1_000 / 250
     survey = surveying.result()
-    assert survey.by_state == {"active": 999, "revoking": 0, "draining": 0}
+    assert survey.by_state == {"active": 999, "revoking": 0, "detached": 0, "draining": 0}
 
 
 async def test_what_is_told_to_owners_alone_is_not_counted_again() -> None:

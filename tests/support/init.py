@@ -29,7 +29,7 @@ from tests.support.daemon_process import ANSWER_DEADLINE_S, ROOT, LineClient
 FDS_START = 3
 
 
-class Manager:
+class Init:
     """Owns the sockets, the store and the daemon's process; `close` ends all of them."""
 
     def __init__(
