@@ -8,7 +8,7 @@ import pytest
 
 from libclient import operations
 from libclient.errors import Unavailable
-from libclient.session import CONNECTION_LOST
+from libclient.resume import CONNECTION_LOST
 from libclient.tickets import BACKLOG_EVENTS
 from libclient.wire.vocabulary import EVENTS_LOST
 from tests.support.session_pair import (
