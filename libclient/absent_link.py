@@ -31,7 +31,7 @@ class Seeker(Protocol):
     def led_in_vain(self) -> bool:
         """Whether the one who leads has nothing to wait for."""
 
-    def seek(self, *, eagerly: bool) -> bool:
+    def seek(self, *, eagerly: bool) -> None:
         """Try to connect anew."""
 
 

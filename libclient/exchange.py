@@ -16,22 +16,18 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
 from select import POLLOUT
 from threading import Lock
 from time import monotonic
 from typing import TypeVar
 
-from libclient import resume
-from libclient.absent_link import AbsentLink
+from libclient.carrier import Carrier
 from libclient.decision import Decision
-from libclient.drive_sync import NOW, READ_BYTES, Link
-from libclient.errors import TIMEOUT, Unavailable
+from libclient.drive_sync import NOW, READ_BYTES
 from libclient.keeper import KEEPER
 from libclient.operations import ANSWER_S, Operation
-from libclient.session import Session
 from libclient.tickets import Ticket
-from libclient.turns import ParentsLock, interrupted, nothing, opener
+from libclient.turns import interrupted, opener
 
 T = TypeVar("T")
 
@@ -39,36 +35,14 @@ T = TypeVar("T")
 _OPEN: weakref.WeakSet[Exchange] = weakref.WeakSet()
 
 
-class Exchange:
+class Exchange(Carrier):
     """A session, the link that carries it, and whose turn it is to read."""
 
     def __init__(self, path: str, deadline_s: float) -> None:
         """Connect. Raises Unavailable."""
-        self.session = Session()
-        # Set in a forked child, for good.
-        self.forked = False
-        self._path = path
-        self._lock: Lock | ParentsLock = Lock()
-        self._leader: Ticket | None = None
+        super().__init__(path, deadline_s)
         self._followers: list[Ticket] = []
-        # How the keeper is told to watch this connection for one event, or not to.
-        self._arm: Callable[[], None] = nothing
-        self._disarm: Callable[[], None] = nothing
-        self._adopted = False
-        self._watched = False
-        # Links that are over, whose descriptors go as soon as nobody can be waiting there.
-        self._stale: list[Link] = []
-        self._install(Link(path, deadline_s))
         _OPEN.add(self)
-
-    @property
-    def closed(self) -> bool:
-        """Whether there is no connection, and nothing held that would bring it back unasked."""
-        return self.forked or (self.fileno() < 0 and not self.session.leases)
-
-    def fileno(self) -> int:
-        """Return the descriptor, -1 once closed."""
-        return self._link.fileno()
 
     def by_token(self, token: str) -> Decision | None:
         """Return the lease of this connection that has this token."""
@@ -168,11 +142,6 @@ class Exchange:
             self._watched = True
             self._arm()
 
-    def _adopt(self) -> None:
-        """Have the keeper know this connection. Called with the lock."""
-        self._adopted = True
-        self._arm, self._disarm = KEEPER.adopt(self, self.fileno())
-
     def _follow(self, ticket: Ticket, deadline_s: float) -> None:
         """Wait until the answer is here, or the lead."""
         gate = Lock()
@@ -271,74 +240,6 @@ class Exchange:
                 if session.outgoing:
                     self._flush()
 
-    def _too_late(self) -> Unavailable:
-        """Return what a caller is told whose time is over."""
-        away = self.session.away
-        if away is not None:
-            return Unavailable(away.fault.detail, away.fault.reason)
-        return Unavailable("no answer from the daemon in time", TIMEOUT)
-
-    # -- a connection in place of one that was lost
-
-    def seek(self, *, eagerly: bool) -> bool:
-        """Try to connect anew; for one who is not eager, if it is time. Called with the lock.
-
-        Returns whether there is a connection now.
-        """
-        session, now_s = self.session, monotonic()
-        if (away := session.away) is None:
-            return session.ended is None
-        if eagerly or now_s >= away.due_s:
-            try:
-                link = Link(self._path, 0.0)
-            except Unavailable as fault:
-                away.missed(fault, now_s)
-                return False
-            absent = self._link
-            self._install(link)
-            resume.rejoin(session, now_s)
-            self._flush()
-            # Whoever leads waits there.
-            absent.shut()
-        return session.away is None
-
-    def _install(self, link: Link | AbsentLink) -> None:
-        self._broken = False
-        self._link = link
-        self._recv = link.recv
-        self._send = link.send
-
-    def _let_go(self) -> None:
-        """Let go of a connection that is over, or of looking for one. Called with the lock."""
-        link = self._link
-        if isinstance(link, AbsentLink):
-            link.shut()
-            return
-        if self._adopted:
-            KEEPER.disown(link.fileno())
-            self._arm = self._disarm = nothing
-            self._adopted = self._watched = False
-        self._stale.append(link)
-        self._install(AbsentLink(self))
-        if self._leader is None:
-            self.close_stale()
-        else:
-            link.shut()
-
-    def close_stale(self) -> None:
-        """Give up the descriptors that nobody can be waiting at. Called with the lock."""
-        while self._stale:
-            self._stale.pop().close()
-
-    def led_in_vain(self) -> bool:
-        """Whether the one who leads has nothing to wait for. Called with the lock."""
-        return self._leader is None or self._leader.done or self.session.ended is not None
-
-    @property
-    def lock(self) -> Lock | ParentsLock:
-        """What guards all of it."""
-        return self._lock
-
     # -- the keeper's thread
 
     def on_readable(self) -> None:
@@ -375,7 +276,7 @@ class Exchange:
         Where another thread is waiting for an answer, those who inherited the descriptor lose the
         connection as well; otherwise it is theirs.
         """
-        if self.session.final and self.fileno() < 0:
+        if self.forked or (self.session.final and self.fileno() < 0):
             return
         if not self._lock.acquire(True, ANSWER_S):
             raise interrupted()
@@ -384,13 +285,6 @@ class Exchange:
             self._let_go()
         finally:
             self._lock.release()
-
-    def leave_in_child(self) -> None:
-        """In a forked child: close this copy of the descriptor, and touch nothing else."""
-        self.forked = True
-        self._lock = ParentsLock()
-        self.close_stale()
-        self._link.close()
 
 
 def _leave_all_in_child() -> None:
