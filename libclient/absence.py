@@ -28,13 +28,13 @@ class Absence:
     def __init__(self, fault: Unavailable, since_s: float, refusals: int) -> None:
         self.fault = fault
         self.since_s = since_s
-        self._tries = refusals
+        self.tries = refusals
         self.due_s = since_s + self._pause_s()
 
     def missed(self, fault: Unavailable, now_s: float) -> None:
         """Take note that a try failed."""
         self.fault = fault
-        self._tries += 1
+        self.tries += 1
         self.due_s = now_s + self._pause_s()
 
     def is_long(self, now_s: float) -> bool:
@@ -42,7 +42,7 @@ class Absence:
         return now_s - self.since_s > RESTART_S
 
     def _pause_s(self) -> float:
-        if not self._tries:
+        if not self.tries:
             return 0.0
         # Bounded before the power: there may be a hundred thousand tries.
-        return float(min(FIRST_PAUSE_S * 2 ** min(self._tries - 1, 20), PAUSE_MAX_S))
+        return float(min(FIRST_PAUSE_S * 2 ** min(self.tries - 1, 20), PAUSE_MAX_S))

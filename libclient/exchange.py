@@ -190,9 +190,9 @@ class Exchange(Carrier):
         if session.away is not None:
             self.seek(eagerly=True)
             return
+        (sent := session.sent).clear()
         session.sending = outgoing = session.outgoing
         # The count is put down before an interrupt can strike, so what was sent is always known.
-        (sent := session.sent).clear()
         try:
             sent.extend(map(self._send, (outgoing,), (NOW,)))
         except BlockingIOError:

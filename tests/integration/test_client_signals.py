@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 
 import libclient
 from libclient.errors import Unavailable
+from libclient.exchange import Exchange
 from tests.support.proxy import FakeDaemon, Served, denial_fields, grant_fields, wait_for
 
 # recvfrom and poll, by their numbers on the two architectures that have such GPUs.
@@ -81,25 +84,53 @@ def test_a_handler_that_strikes_in_the_middle_of_the_client_is_told(tmp_path: Pa
     assert "interrupted" in str(faults[0])
 
 
-@pytest.mark.parametrize("sent", [False, True])
-def test_a_request_that_is_interrupted_half_way_is_never_sent_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bool
+def interrupt_at(code: CodeType, step: int) -> Callable[[], bool]:
+    """Raise KeyboardInterrupt before a step of a function; return what tells if it has been."""
+    left = step
+    struck = False
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left, struck
+        if frame.f_code is not code:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                struck = True
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    return lambda: struck
+
+
+def test_an_interrupt_at_any_step_of_sending_ends_no_lease_and_sends_nothing_twice(
+    tmp_path: Path,
 ) -> None:
     with FakeDaemon(tmp_path) as daemon, libclient.connect(daemon.path) as client:
-        send = client.exchange._send
-
-        def interrupted(data: Any, flags: int) -> int:
-            if sent:
-                send(data, flags)
-            raise KeyboardInterrupt
-
-        # The moment cannot be met from outside.
-        monkeypatch.setattr(client.exchange, "_send", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            client.lease("analyst")
-        assert client.closed
-        daemon.wait_for_hangup()
-        assert daemon.ops() == ["lease"] * sent
+        lease = client.lease("analyst")
+        steps = 0
+        while True:
+            before = sys.gettrace()
+            struck = interrupt_at(Exchange._flush.__code__, steps)
+            try:
+                client.call("health", step=steps)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(before)
+            if not struck():
+                break
+            steps += 1
+            client.call("ready")
+            assert lease.live
+        assert steps > 40
+        asked = [request["step"] for request in daemon.requests if request["op"] == "health"]
+        assert asked == sorted(set(asked))
+        assert client.exchange.session.ended is None
+        lease.release()
+        assert lease.ended == "released"
 
 
 def test_an_interrupted_caller_holds_nothing(tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ class SessionPair:
             found.append(msgpack.unpackb(payload))
         return found
 
-    def resume(self, number: int = 1, **changes: object) -> None:
+    def resume(self, number: int = 1, changes: dict[str, object] | None = None) -> None:
         """Say that the daemon's next process has the connection. `number` makes the nonce."""
         self._seq = 0
-        fields = {"epoch": "e1", "nonce": bytes([number]) * 16, **changes}
+        fields = {"epoch": "e1", "nonce": bytes([number]) * 16, **(changes or {})}
         self.send(self.event("daemon.resumed", **fields))
 
     def asked_again(self, number: int = 1) -> list[dict[str, Any]]:
