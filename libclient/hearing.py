@@ -84,10 +84,26 @@ def take_late(session: Session, ticket: Ticket, now_s: float) -> None:
         resume.on_reattached(session, ticket, target, now_s)
         session.plan_renewals()
     elif isinstance(target, Subscription):
-        resume.on_resubscribed(session, ticket, target)
+        if not resume.on_resubscribed(session, ticket, target):
+            undo(session, ticket)
     elif code == UNKNOWN_REQUEST and ticket.cancels in session.pending:
         # It does not wait, so it was answered before this: an interrupt has swallowed that
         # answer, which may have been a grant.
         session.end("interrupted while an answer was read", CLOSED)
     else:
-        session.undo(ticket)
+        undo(session, ticket)
+
+
+def undo(session: Session, ticket: Ticket) -> None:
+    """Give back what an answer brought to a caller who is gone."""
+    reply, target = ticket.reply, ticket.target
+    if not ticket.ok:
+        return
+    if ticket.op == "lease" and reply.get("granted") is True:
+        if isinstance(target, Decision):
+            session.drop(target)
+        if type(reply.get("token")) is str:
+            session.release_quietly(reply["token"])
+    elif ticket.op == "subscribe" and type(reply.get("subscription")) is int:
+        session.subscriptions.pop(reply["subscription"], None)
+        session.ask_quietly("unsubscribe", {"subscription": reply["subscription"]})

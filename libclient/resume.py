@@ -115,19 +115,22 @@ def resubscribe(session: Session, lapsed: Iterable[Subscription], news: Event) -
         session.ask_quietly("subscribe", fields, subscription)
 
 
-def on_resubscribed(session: Session, ticket: Ticket, subscription: Subscription) -> None:
-    """Take the answer to a subscription that was made again."""
+def on_resubscribed(session: Session, ticket: Ticket, subscription: Subscription) -> bool:
+    """Take the answer to a subscription that was made again.
+
+    Returns whether it is wanted still: its taker may have ended it, or never had it.
+    """
     if subscription in session.lapsed:
         session.lapsed.remove(subscription)
     if subscription.over is not None:
-        # Its taker has ended it meanwhile, or never had it.
-        session.undo(ticket)
-    elif ticket.ok:
+        return False
+    if ticket.ok:
         session.subscriptions[subscription.settle(ticket.reply)] = subscription
     else:
         error = ticket.reply["error"]
         detail = f"the subscription could not be made again: {error['code']}: {error['message']}"
         subscription.end(Unavailable(detail, CLOSED))
+    return True
 
 
 def sent_of(session: Session) -> list[Ticket]:

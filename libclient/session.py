@@ -23,7 +23,7 @@ from libclient.absence import Absence
 from libclient.codec import MALFORMED, decode, encoder
 from libclient.decision import Decision, Event, EventHandler
 from libclient.errors import CLOSED, GARBAGE, NO_DAEMON, SEALED, Unavailable
-from libclient.hearing import hear, take_late
+from libclient.hearing import hear, take_late, undo
 from libclient.messages import Malformed, check_error, gist_of
 from libclient.tickets import Subscription, Ticket
 from libclient.wire.framing import (
@@ -135,7 +135,7 @@ class Session:
             return
         if ticket.done:
             if ticket.failure is None:
-                self.undo(ticket)
+                undo(self, ticket)
             return
         if ticket.request_id not in self.pending:
             return
@@ -213,20 +213,6 @@ class Session:
             self.owed.add(token)
         else:
             self.ask_quietly("release", {"token": token})
-
-    def undo(self, ticket: Ticket) -> None:
-        """Give back what an answer brought to a caller who is gone."""
-        reply, target = ticket.reply, ticket.target
-        if not ticket.ok:
-            return
-        if ticket.op == "lease" and reply.get("granted") is True:
-            if isinstance(target, Decision):
-                self.drop(target)
-            if type(reply.get("token")) is str:
-                self.release_quietly(reply["token"])
-        elif ticket.op == "subscribe" and type(reply.get("subscription")) is int:
-            self.subscriptions.pop(reply["subscription"], None)
-            self.ask_quietly("unsubscribe", {"subscription": reply["subscription"]})
 
     def encode(self, message: Mapping[str, object]) -> bytes:
         """Return a message as its payload. Raises ValueError, TypeError or OverflowError."""
