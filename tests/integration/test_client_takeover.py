@@ -1,4 +1,4 @@
-"""The blocking client while its daemon is replaced by another process that keeps the connections."""
+"""The blocking client while its daemon is replaced and the connections are kept."""
 
 from __future__ import annotations
 
