@@ -73,6 +73,8 @@ class AbsentLink:
         due_s = deadline_s if away is None else min(deadline_s, away.due_s)
         if event == select.POLLIN:
             self._stirred.wait(max(0.0, due_s - now_s))
+            # Whoever sets it from now on is seen by the look that follows.
+            self._stirred.clear()
 
     def shut(self) -> None:
         """Wake the thread that waits here."""

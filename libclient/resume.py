@@ -13,6 +13,7 @@ to bring back a lease whose release was asked for, to come back after the caller
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from libclient.absence import REFUSALS_MAX, REFUSED_S, Absence
@@ -149,11 +150,16 @@ def sent_of(session: Session) -> list[Ticket]:
 def part(session: Session, detail: str, now_s: float) -> None:
     """The connection is lost: settle what that settles, and keep the rest for the next one.
 
-    Where nothing is left that has to go on, the conversation is over.
+    Where nothing is left that has to go on, the conversation is over. It may be begun again where
+    it was interrupted.
     """
+    session.unfinished = partial(part, session, detail, now_s)
+    session.ended = None
     for ticket in sent_of(session):
         ticket.sent = True
-    refusals = session.refusals = _refusals(session, now_s)
+    if session.away is None:
+        session.refusals = _refusals(session, now_s)
+    refusals = session.refusals
     fault = Unavailable(detail, NO_DAEMON)
     session.away = Absence(fault, now_s, refusals)
     session.forget_connection()
@@ -167,19 +173,22 @@ def part(session: Session, detail: str, now_s: float) -> None:
         lease.renewing = False
         lease.renew_at = None
     if session.pending or session.leases:
-        session.lapsed += session.subscriptions.values()
+        subscribed = session.subscriptions.values()
+        session.lapsed += [one for one in subscribed if one not in session.lapsed]
         session.subscriptions.clear()
     else:
         session.end(detail)
+    session.unfinished = None
 
 
 def rejoin(session: Session, now_s: float) -> None:
     """There is a new connection: reattach the leases, then ask again what has no answer yet."""
-    session.torn = True
-    # Interrupted from here on, nobody could say what has been put down.
+    assert session.away is not None
     asked = list(session.pending.values())
-    owed, session.owed = session.owed, set()
+    owed = session.owed
     session.lapsed = lapsed = [one for one in session.lapsed if one.over is None]
+    session.unfinished = partial(_leave_again, session, session.away, asked, owed)
+    session.owed = set()
     session.away = None
     session.joined_s = now_s
     session.pending.clear()
@@ -197,7 +206,18 @@ def rejoin(session: Session, now_s: float) -> None:
         ticket.sent = False
     resubscribe(session, list(lapsed), {"event": CONNECTION_RESUMED})
     session.first = next(iter(session.pending.values()), None)
-    session.torn = False
+    session.unfinished = None
+
+
+def _leave_again(session: Session, away: Absence, asked: list[Ticket], owed: set[str]) -> None:
+    """Undo a `rejoin` that was interrupted, before anything was sent: there is to be another."""
+    session.pending = {ticket.request_id: ticket for ticket in asked}
+    session.forget_connection()
+    session.owed = owed
+    session.away = away
+    for lease in session.leases.values():
+        lease.renewing = False
+    session.unfinished = None
 
 
 def on_reattached(session: Session, ticket: Ticket, lease: Decision, now_s: float) -> None:
@@ -246,8 +266,8 @@ def _settle(session: Session, ticket: Ticket) -> None:
     else:
         ticket.reply = {"id": ticket.request_id, "ok": True}
     ticket.ok = True
-    del session.pending[ticket.request_id]
     ticket.finish()
+    del session.pending[ticket.request_id]
 
 
 def _shorten_wait(session: Session, ticket: Ticket, now_s: float) -> None:

@@ -16,7 +16,7 @@ Not safe for several threads: the driver sees to that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from libclient import resume
 from libclient.absence import Absence
@@ -71,6 +71,8 @@ class Session:
         # Set by the driver while it sends: what, and then how much of it went out.
         self.sending: bytes | None = None
         self.sent: list[int] = []
+        # While a connection is lost or made: what an interrupt has to be followed by.
+        self.unfinished: Callable[[], None] | None = None
         # Requests that were sent again to a new process, as long as one may be answered twice.
         self.repeats: dict[int, Ticket | None] = {}
         # Tokens of leases to be released once there is a connection again.
@@ -153,12 +155,15 @@ class Session:
     def mend(self) -> None:
         """Put right what an interrupt left half done, or end the conversation.
 
-        Of what was being sent it is known how much went out. Input taken in half-way may have been
-        a grant: only the end of the connection is sure to give everything back.
+        Of what was being sent it is known how much went out, and nothing was sent yet on a
+        connection that was being made. Input taken in half-way may have been a grant: only the end
+        of the connection is sure to give everything back.
         """
         sending, self.sending = self.sending, None
         if sending is not None:
             self.outgoing = sending[self.sent[0] if self.sent else 0 :]
+        if self.unfinished is not None:
+            self.unfinished()
         if self.torn:
             self.torn = False
             self.end("interrupted in the middle of a message", CLOSED)
@@ -270,9 +275,7 @@ class Session:
         if self.ended is not None or not self.lasting:
             self.end(detail)
             return
-        self.torn = True
         resume.part(self, detail, now_s)
-        self.torn = False
 
     def end(self, detail: str, reason: str = NO_DAEMON) -> None:
         """Nothing more comes. Every request fails, every lease of this connection is over."""
@@ -318,10 +321,10 @@ class Session:
 
     def fail(self, ticket: Ticket, fault: Unavailable) -> None:
         """Let a request end without an answer."""
-        self.pending.pop(ticket.request_id, None)
         ticket.failure = fault
         ticket.ok = False
         ticket.finish()
+        self.pending.pop(ticket.request_id, None)
 
     def _on_payload(self, payload: bytes, now_s: float) -> None:
         if self.ended is not None:

@@ -308,3 +308,23 @@ def test_a_silent_socket_costs_the_caller_its_two_seconds_and_no_lease(tmp_path:
             served.reply(late, **denial_fields("CANCELLED"))
             wait_for(lambda: not lease.detached, "the lease")
             client.close()
+
+
+@pytest.mark.serial
+def test_waiting_for_a_daemon_costs_no_work(tmp_path: Path) -> None:
+    with FakeDaemon(tmp_path, grants_and_stays) as daemon:
+        client = libclient.connect(daemon.path)
+        lease = client.lease("analyst")
+    wait_for(lambda: lease.detached, "the news")
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(client.lease, "waits", wait_s=600)
+        wait_for(lambda: len(client.exchange.session.pending) == 1, "the one who waits")
+        start_s, used_s = time.monotonic(), time.process_time()
+        # Others come and go meanwhile, which stirs the one who looks for the daemon.
+        for _ in range(3):
+            with pytest.raises(Unavailable):
+                client.call("health", timeout_s=0.3)
+        took_s = time.monotonic() - start_s
+        assert time.process_time() - used_s < took_s / 10
+        client.close()
+        assert waiting.result(10).reason == "CLOSED"

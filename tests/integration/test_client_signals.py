@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any
 
 import pytest
 
 import libclient
 from libclient.errors import Unavailable
 from libclient.exchange import Exchange
+from tests.support.interrupts import interrupt_at
 from tests.support.proxy import FakeDaemon, Served, denial_fields, grant_fields, wait_for
 
 # recvfrom and poll, by their numbers on the two architectures that have such GPUs.
 WAITING = {"x86_64": {"45", "7"}, "aarch64": {"207", "73"}}[os.uname().machine]
+
+SENDING = Exchange._flush.__code__
 
 
 def system_call(thread_id: int) -> str:
@@ -84,27 +84,6 @@ def test_a_handler_that_strikes_in_the_middle_of_the_client_is_told(tmp_path: Pa
     assert "interrupted" in str(faults[0])
 
 
-def interrupt_at(code: CodeType, step: int) -> Callable[[], bool]:
-    """Raise KeyboardInterrupt before a step of a function; return what tells if it has been."""
-    left = step
-    struck = False
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal left, struck
-        if frame.f_code is not code:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left < 0:
-                struck = True
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    return lambda: struck
-
-
 def test_an_interrupt_at_any_step_of_sending_ends_no_lease_and_sends_nothing_twice(
     tmp_path: Path,
 ) -> None:
@@ -112,14 +91,8 @@ def test_an_interrupt_at_any_step_of_sending_ends_no_lease_and_sends_nothing_twi
         lease = client.lease("analyst")
         steps = 0
         while True:
-            before = sys.gettrace()
-            struck = interrupt_at(Exchange._flush.__code__, steps)
-            try:
+            with suppress(KeyboardInterrupt), interrupt_at(steps, SENDING) as struck:
                 client.call("health", step=steps)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sys.settrace(before)
             if not struck():
                 break
             steps += 1

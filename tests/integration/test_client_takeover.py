@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import libclient
+from libclient.cli.holding import Holding
 from tests.support.proxy import FakeDaemon, Served, grant_fields, wait_for
 
 
@@ -112,3 +113,23 @@ def test_a_thousand_restarts_cost_neither_memory_nor_descriptors(tmp_path: Path)
         session = client.exchange.session
         assert (session.pending, session.repeats, session.outgoing) == ({}, {}, b"")
         lease.release()
+
+
+def test_a_command_that_waits_for_its_lease_waits_on_through_a_restart(tmp_path: Path) -> None:
+    def script(conn: Served) -> None:
+        waiting = conn.expect("lease")
+        conn.take_over()
+        assert conn.request() == waiting
+        conn.reply(waiting, **grant_fields(1))
+        seal = conn.expect("seal")
+        conn.take_over(2)
+        assert conn.request() == seal
+        conn.reply(seal)
+        conn.wait_for_end()
+
+    with FakeDaemon(tmp_path, script) as daemon:
+        holding = Holding(daemon.path, 5.0)
+        decision = holding.ask({"agent": "run", "wait_s": 60}, lambda _: None, lambda: None)
+        assert decision.granted
+        os.close(holding.seal(None))
+        assert decision.live

@@ -1,9 +1,10 @@
 """A daemon that is killed at the test's word, again and again, for tests of its clients.
 
-It does by its connections and leases what the contract says of a restart. One thread serves all connections. A kill strikes between any two reads of it: some requests are
-then carried out without an answer, as those of a process that died in between. With `keep` the
-connections outlive it, as with a descriptor store; without, they are lost and leases wait to be
-reattached. It has endless memory. What breaks the contract fails it, and the test at its `close`.
+It does by its connections and leases what the contract says of a restart. One thread serves all
+connections. A kill strikes between any two reads of it: some requests are then carried out without
+an answer, as those of a process that died in between. With `keep` the connections outlive it, as
+with a descriptor store; without, they are lost and leases wait to be reattached. It has endless
+memory. What breaks the contract fails it, and the test at its `close`.
 """
 
 from __future__ import annotations
