@@ -123,8 +123,8 @@ class AsyncLease(Decision):
 class AsyncClient:
     """One connection to the daemon, for any number of tasks of one loop.
 
-    Its leases end with it. When the daemon goes away it stays of no use: connect anew. Made by
-    `connect`.
+    Its leases end with its `close`. When the daemon goes away, it is found again and they go on;
+    the next call connects anew in any case. Made by `connect`.
     """
 
     def __init__(self, path: str, link: AsyncLink) -> None:
@@ -133,11 +133,14 @@ class AsyncClient:
 
     @property
     def closed(self) -> bool:
-        """Whether the connection is gone, whoever ended it."""
-        return self.link.sock.fileno() < 0
+        """Whether there is no connection, and no lease that the library is bringing back.
+
+        Unless that was by `close`, the next call connects anew.
+        """
+        return self.link.closed
 
     def fileno(self) -> int:
-        """Return the connection's descriptor, -1 once closed. It stays the client's."""
+        """Return the connection's descriptor, -1 while there is none. It stays the client's."""
         return self.link.sock.fileno()
 
     async def call(
@@ -301,8 +304,8 @@ def connect(socket: str | None = None, *, timeout_s: float = ANSWER_S) -> Openin
 
 
 async def _connect(path: str, timeout_s: float) -> AsyncClient:
-    link = AsyncLink()
-    await link.connect(path, monotonic() + timeout_s)
+    link = AsyncLink(path)
+    await link.connect(monotonic() + timeout_s)
     return AsyncClient(path, link)
 
 

@@ -76,8 +76,8 @@ class Lease(Decision):
 class Client:
     """One connection to the daemon, for any number of threads.
 
-    Its leases end with it. When the daemon goes away it stays of no use: connect anew. Made by
-    `connect`; a context manager.
+    Its leases end with its `close`. When the daemon goes away, it is found again and they go on;
+    the next call connects anew in any case. Made by `connect`; a context manager.
     """
 
     def __init__(self, path: str, deadline_s: float) -> None:
@@ -92,11 +92,14 @@ class Client:
 
     @property
     def closed(self) -> bool:
-        """Whether the connection is gone, whoever ended it."""
+        """Whether there is no connection, and no lease that the library is bringing back.
+
+        Unless that was by `close`, the next call connects anew.
+        """
         return self.exchange.closed
 
     def fileno(self) -> int:
-        """Return the connection's descriptor, -1 once closed. It stays the client's."""
+        """Return the connection's descriptor, -1 while there is none. It stays the client's."""
         return self.exchange.fileno()
 
     def call(self, op: str, *, timeout_s: float | None = None, **fields: object) -> dict[str, Any]:
@@ -217,7 +220,8 @@ class EventStream(Iterator[Event]):
     """The events of one subscription, as maps. Waits for the next as long as it takes.
 
     Events that were not taken in time are dropped, and `events.lost` with their `count` comes in
-    their place. Raises Unavailable once the connection is gone. A context manager.
+    their place. Where the daemon was restarted, `daemon.resumed` or `connection.resumed` says that
+    some may be missing. Raises Unavailable once the connection is gone for good. A context manager.
     """
 
     def __init__(self, client: Client, subscription: Subscription) -> None:

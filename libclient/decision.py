@@ -32,6 +32,8 @@ class Decision:
         the grant; None or empty without one.
     revoking: the daemon wants it back, by deadline (unix seconds).
     ended: None while the lease lives, else why it does not (`released`, `expired`, ...).
+    detached: the connection that held it was lost, and the library is on its way back to the
+        daemon. The lease lives on meanwhile.
     """
 
     # One is made for every request: what is seldom set costs nothing as a default of the class.
@@ -43,6 +45,7 @@ class Decision:
     expires_at: float | None = None
     ended: str | None = None
     revoking = False
+    detached = False
     deadline: float | None = None
     # When to renew, on the driver's monotonic clock, and for how long that is good.
     renew_at: float | None = None
@@ -135,6 +138,16 @@ class Decision:
         self.granted = True
         return lease_id
 
+    def reattached(self, reply: dict[str, Any], now_s: float) -> str:
+        """Take the daemon's answer to `reattach`; return the lease's id. Raises `Malformed`."""
+        self.renewing = False
+        self.expires_at = self.renew_at = None
+        lease_id = self.settle(reply, now_s)
+        if lease_id is None:
+            raise Malformed("a reattached lease is no grant")
+        self.detached = False
+        return lease_id
+
     def _set_ttl(self, reply: dict[str, Any], now_s: float) -> None:
         expires_at, timestamp = reply["expires_at"], reply.get("timestamp")
         if not isinstance(expires_at, float | int) or not isinstance(timestamp, float | int):
@@ -167,7 +180,9 @@ class Decision:
         kind = type(self).__name__
         if not self.granted:
             return f"<{kind} device={self.device!r} reason={self.reason!r}>"
-        state = self.ended or ("revoking" if self.revoking else "held")
+        state = self.ended or (
+            "detached" if self.detached else "revoking" if self.revoking else "held"
+        )
         return (
             f"<{kind} {self.lease_id} device={self.device!r} memory_mb={self.memory_mb} "
             f"gpus={[gpu['index'] for gpu in self.gpus]} {state}>"

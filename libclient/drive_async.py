@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 from typing import TypeVar
 
-from libclient.errors import TIMEOUT, ForkedClient, Unavailable
+from libclient.errors import ForkedClient
 from libclient.link_async import AsyncLink
 from libclient.operations import Operation
 
@@ -18,13 +18,17 @@ async def drive(link: AsyncLink, operation: Operation[T], timeout_s: float) -> T
     if link.forked:
         raise ForkedClient
     try:
+        if link.session.ended is not None:
+            link.begin()
         ticket = operation.send(None)
+        ticket.deadline_s = link.loop.time() + timeout_s
         link.flush()
         if not ticket.done:
+            if link.session.outgoing and link.hopeless:
+                raise link.too_late()
             answered: asyncio.Future[None] = link.loop.create_future()
             ticket.wake = partial(_settle, answered)
-            late = Unavailable("no answer from the daemon in time", TIMEOUT)
-            timer = link.loop.call_later(timeout_s, _settle, answered, late)
+            timer = link.loop.call_later(timeout_s, _time_is_over, answered, link)
             try:
                 await answered
             finally:
@@ -46,10 +50,11 @@ async def drive(link: AsyncLink, operation: Operation[T], timeout_s: float) -> T
     raise AssertionError("an operation has one step")
 
 
-def _settle(answered: asyncio.Future[None], fault: Unavailable | None = None) -> None:
-    if answered.done():
-        return
-    if fault is None:
+def _settle(answered: asyncio.Future[None]) -> None:
+    if not answered.done():
         answered.set_result(None)
-    else:
-        answered.set_exception(fault)
+
+
+def _time_is_over(answered: asyncio.Future[None], link: AsyncLink) -> None:
+    if not answered.done():
+        answered.set_exception(link.too_late())

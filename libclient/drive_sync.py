@@ -43,9 +43,17 @@ class Link:
         self.send = self.sock.send
         self.recv = self.sock.recv
 
+    def fileno(self) -> int:
+        """Return the descriptor, -1 once closed."""
+        return self.sock.fileno()
+
     def wait(self, deadline_s: float, event: int = select.POLLIN) -> None:
         """Wait until more can be read (or, for POLLOUT, sent). Raises Unavailable if it cannot."""
-        (poll := select.poll()).register(self.sock, event)
+        fd = self.sock.fileno()
+        if fd < 0:
+            # Lost, and let go by another thread, between the caller's look and this one.
+            return
+        (poll := select.poll()).register(fd, event)
         if not poll.poll(max(0.0, deadline_s - monotonic()) * 1e3):
             raise Unavailable("no answer from the daemon in time", TIMEOUT)
 

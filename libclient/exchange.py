@@ -5,7 +5,10 @@ at a time, the first leads: it reads for all, and wakes each whose answer has co
 it passes the lead to one that still waits, so a thread that waits an hour for memory holds nobody
 up. With nobody inside, and something to be expected, the keeper's thread is told to watch.
 
-One lock guards the session and the lead; nobody waits for anything while holding it. The descriptor
+A connection that is lost is made anew by whoever would read it: the one who leads, else the keeper
+where leases wait to be reattached. Everyone's requests go on in the same session.
+
+One lock guards the session and the lead; nobody waits for anything while holding it. A descriptor
 is closed by the one who leads, or where nobody does: never under a thread that polls it.
 """
 
@@ -13,19 +16,18 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
 from select import POLLOUT
 from threading import Lock
 from time import monotonic
 from typing import TypeVar
 
+from libclient.carrier import Carrier
 from libclient.decision import Decision
-from libclient.drive_sync import NOW, READ_BYTES, Link
-from libclient.errors import TIMEOUT, ForkedClient, Unavailable
+from libclient.drive_sync import NOW, READ_BYTES
 from libclient.keeper import KEEPER
 from libclient.operations import ANSWER_S, Operation
-from libclient.session import Session
 from libclient.tickets import Ticket
+from libclient.turns import interrupted, opener
 
 T = TypeVar("T")
 
@@ -33,32 +35,14 @@ T = TypeVar("T")
 _OPEN: weakref.WeakSet[Exchange] = weakref.WeakSet()
 
 
-class Exchange:
+class Exchange(Carrier):
     """A session, the link that carries it, and whose turn it is to read."""
 
     def __init__(self, path: str, deadline_s: float) -> None:
         """Connect. Raises Unavailable."""
-        self.session = Session()
-        # Set in a forked child, for good.
-        self.forked = False
-        # The connection is over; the descriptor goes as soon as nobody leads.
-        self.closed = False
-        self._lock: Lock | _ParentsLock = Lock()
-        self._leader: Ticket | None = None
+        super().__init__(path, deadline_s)
         self._followers: list[Ticket] = []
-        # How the keeper is told to watch this connection for one event, or not to.
-        self._arm: Callable[[], None] = _nothing
-        self._disarm: Callable[[], None] = _nothing
-        self._adopted = False
-        self._watched = False
-        self._link = Link(path, deadline_s)
-        self._recv = self._link.recv
-        self._send = self._link.send
         _OPEN.add(self)
-
-    def fileno(self) -> int:
-        """Return the descriptor, -1 once closed."""
-        return self._link.sock.fileno()
 
     def by_token(self, token: str) -> Decision | None:
         """Return the lease of this connection that has this token."""
@@ -74,10 +58,13 @@ class Exchange:
         session = self.session
         lock = self._lock
         if not lock.acquire(True, ANSWER_S):
-            raise _interrupted()
+            raise interrupted()
         try:
             try:
+                if session.ended is not None:
+                    session.begin_anew(monotonic())
                 ticket = operation.send(None)
+                ticket.deadline_s = deadline_s
                 if self._leader is None and not ticket.done:
                     self._leader = ticket
                     if self._watched:
@@ -93,7 +80,7 @@ class Exchange:
             while not done:
                 if self._leader is ticket:
                     try:
-                        data = self._recv(READ_BYTES)
+                        data: bytes | None = self._recv(READ_BYTES)
                     except BlockingIOError:
                         self._link.wait(deadline_s)
                         continue
@@ -120,7 +107,9 @@ class Exchange:
     def _follow_up(self) -> None:
         """Do what follows from what was taken in, besides answers. Called with the lock."""
         session = self.session
-        if session.outgoing and not self.closed:
+        if not session.sealed and (session.away is not None or session.ended is not None):
+            self._let_go()
+        if session.outgoing:
             self._flush()
         if session.renew_at is not None:
             # Here, and not only when all have left: a thread may stay for as long as it waits.
@@ -130,8 +119,6 @@ class Exchange:
         if session.notices:
             KEEPER.call(session.notices)
             session.notices = []
-        if session.ended is not None and not session.sealed:
-            self._shut()
 
     def _pass_on(self) -> None:
         """Give the lead away: to one that waits, else to the keeper. Called with the lock."""
@@ -142,19 +129,18 @@ class Exchange:
                     follower.wake()
                 return
         self._leader = None
+        self.close_stale()
         session = self.session
-        if self.closed:
-            self._link.close()
+        if session.away is not None:
+            if session.leases:
+                KEEPER.await_return(self, session.away.due_s)
+        elif session.ended is not None and not session.sealed:
+            return
         elif session.leases or session.late or session.subscriptions or session.outgoing:
             if not self._adopted:
                 self._adopt()
             self._watched = True
             self._arm()
-
-    def _adopt(self) -> None:
-        """Have the keeper know this connection. Called with the lock."""
-        self._adopted = True
-        self._arm, self._disarm = KEEPER.adopt(self, self.fileno())
 
     def _follow(self, ticket: Ticket, deadline_s: float) -> None:
         """Wait until the answer is here, or the lead."""
@@ -166,14 +152,14 @@ class Exchange:
             if self._leader is None:
                 self._leader = ticket
                 return
-            ticket.wake = _opener(gate)
+            ticket.wake = opener(gate)
             self._followers.append(ticket)
         in_time = gate.acquire(timeout=max(0.0, deadline_s - monotonic()))
         with self._lock:
             ticket.wake = None
             self._followers.remove(ticket)
         if not in_time and not ticket.done:
-            raise Unavailable("no answer from the daemon in time", TIMEOUT)
+            raise self._too_late()
 
     def _give_up(self, operation: Operation[T], ticket: Ticket | None, fault: BaseException) -> T:
         """Let the operation undo what it began, and hand the lead on."""
@@ -201,29 +187,35 @@ class Exchange:
     def _flush(self) -> None:
         """Send what can be sent now. Called with the lock."""
         session = self.session
-        outgoing = session.outgoing
-        # Interrupted from here on, nobody could say what has been sent.
-        session.torn = True
+        if session.away is not None:
+            self.seek(eagerly=True)
+            return
+        (sent := session.sent).clear()
+        session.sending = outgoing = session.outgoing
+        # The count is put down before an interrupt can strike, so what was sent is always known.
         try:
-            sent = self._send(outgoing, NOW)
+            sent.extend(map(self._send, (outgoing,), (NOW,)))
         except BlockingIOError:
-            sent = 0
+            sent.append(0)
         except OSError:
-            session.torn = False
+            session.sending = None
             self._on_dead()
             return
-        session.outgoing = b"" if sent == len(outgoing) else outgoing[sent:]
-        session.torn = False
+        session.outgoing = b"" if sent[0] == len(outgoing) else outgoing[sent[0] :]
+        session.sending = None
 
     def _on_dead(self) -> None:
-        """The connection takes nothing any more. Called with the lock."""
-        session = self.session
-        session.outgoing = b""
-        # What the daemon said last may still be there, and says why.
-        while self._leader is None and (data := self._read_now()):
-            session.feed(data, monotonic())
-        session.end("the daemon closed the connection")
-        self._follow_up()
+        """The connection takes nothing any more. Called with the lock.
+
+        What the daemon said last may still be there to be read, and the end after it.
+        """
+        self._broken = True
+        self._link.shut()
+        if self._leader is None:
+            while data := self._read_now():
+                self.session.feed(data, monotonic())
+            self.session.feed(b"", monotonic())
+            self._follow_up()
 
     def _read_now(self) -> bytes | None:
         """Return what is there, None where nothing is, no bytes at the end of input."""
@@ -236,10 +228,16 @@ class Exchange:
 
     def _send_rest(self, deadline_s: float) -> None:
         """Wait until all is sent, the requests of other threads included."""
-        while self.session.outgoing:
+        session = self.session
+        while session.outgoing and not self._broken:
+            if (away := session.away) is not None:
+                if away.is_long(monotonic()):
+                    raise self._too_late()
+                # Sent by whoever connects.
+                return
             self._link.wait(deadline_s, POLLOUT)
             with self._lock:
-                if self.session.outgoing:
+                if session.outgoing:
                     self._flush()
 
     # -- the keeper's thread
@@ -247,7 +245,7 @@ class Exchange:
     def on_readable(self) -> None:
         """Read what came while no thread was inside an operation."""
         with self._lock:
-            if self._leader is not None or self.closed or not self._watched:
+            if self._leader is not None or not self._watched:
                 return
             self._watched = False
             data = self._read_now()
@@ -259,8 +257,12 @@ class Exchange:
         """Renew the leases whose time has come; return when the next is due."""
         with self._lock:
             session = self.session
-            if self.closed:
-                return None
+            if session.away is not None:
+                if self._leader is not None or not session.leases:
+                    # Whoever is inside looks for the daemon; or nobody needs it.
+                    return None
+                self.seek(eagerly=False)
+                self._pass_on()
             if session.renew_at is not None and session.renew_at <= now_s:
                 session.renew_due(now_s)
                 self._flush()
@@ -274,72 +276,15 @@ class Exchange:
         Where another thread is waiting for an answer, those who inherited the descriptor lose the
         connection as well; otherwise it is theirs.
         """
-        if self.closed:
+        if self.forked or (self.session.final and self.fileno() < 0):
             return
         if not self._lock.acquire(True, ANSWER_S):
-            raise _interrupted()
+            raise interrupted()
         try:
             self.session.close()
-            self._shut()
+            self._let_go()
         finally:
             self._lock.release()
-
-    def _shut(self) -> None:
-        """Let go of the connection, once the session is over. Called with the lock."""
-        if self.closed:
-            return
-        self.closed = True
-        if self._adopted:
-            KEEPER.disown(self.fileno())
-            self._arm = self._disarm = _nothing
-            self._watched = False
-        if self._leader is None:
-            self._link.close()
-        else:
-            self._link.shut()
-
-    def leave_in_child(self) -> None:
-        """In a forked child: close this copy of the descriptor, and touch nothing else."""
-        self.forked = self.closed = True
-        self._lock = _ParentsLock()
-        self._link.close()
-
-
-class _ParentsLock:
-    """What stands for the lock in a forked child: whoever wants in is told."""
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Raise ForkedClient."""
-        raise ForkedClient
-
-    def release(self) -> None:
-        """Nobody has it."""
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *fault: object) -> None:
-        """Nobody gets here."""
-
-
-def _nothing() -> None:
-    """Tell no keeper: it does not know the connection."""
-
-
-def _interrupted() -> Unavailable:
-    # Nobody holds the lock that long but one who was interrupted while holding it: a signal handler
-    # that uses the client must not hang for that.
-    return Unavailable("the client was interrupted at work, and cannot be used here", TIMEOUT)
-
-
-def _opener(gate: Lock) -> Callable[[], None]:
-    """Return what opens a gate, and may be called again: for the lead, then for the answer."""
-
-    def open_gate() -> None:
-        if gate.locked():
-            gate.release()
-
-    return open_gate
 
 
 def _leave_all_in_child() -> None:

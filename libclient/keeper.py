@@ -43,7 +43,10 @@ class Kept(Protocol):
         """Read what is there, if nobody else does."""
 
     def renew_due(self, now_s: float) -> float | None:
-        """Renew what is due; return when the next renewal is, on the monotonic clock."""
+        """Renew what is due; return when the next renewal is, on the monotonic clock.
+
+        Without a connection, look for one if it is time.
+        """
 
 
 class Keeper:
@@ -55,6 +58,8 @@ class Keeper:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: dict[int, weakref.ref[Kept]] = {}
+        # Those that have lost theirs, by identity.
+        self._absent: dict[int, weakref.ref[Kept]] = {}
         self._calls: deque[tuple[EventHandler, Event]] = deque(maxlen=_CALLS_MAX)
         self._thread: threading.Thread | None = None
         self._epoll: select.epoll | None = None
@@ -84,6 +89,15 @@ class Keeper:
         with self._lock:
             if self._kept.pop(fd, None) is not None and self._epoll is not None:
                 self._epoll.unregister(fd)
+
+    def await_return(self, kept: Kept, due_s: float) -> None:
+        """Have one without a connection look for it at `due_s`. It is not kept alive either."""
+        with self._lock:
+            self._start()
+            self._absent[id(kept)] = weakref.ref(kept)
+            if due_s < self._wakes_at:
+                self._wakes_at = due_s
+                self._wake()
 
     def expect(self, due_s: float) -> None:
         """See to it that the thread is awake at `due_s`."""
@@ -168,6 +182,12 @@ class Keeper:
         with self._lock:
             self._wakes_at = _FOREVER
             found = list(self._kept.items())
+            absent, self._absent = self._absent, {}
+        for reference in absent.values():
+            # It says itself that it is still looking.
+            if (kept := reference()) is not None:
+                kept.renew_due(monotonic())
+                del kept
         due_s = _FOREVER
         for fd, reference in found:
             kept = reference()

@@ -79,8 +79,8 @@ def lease(
 def release(session: Session, decision: Decision) -> Operation[None]:
     """Give a lease back; asks nothing for one that is over. Never raises for the daemon's part.
 
-    Without an answer in time the request is on its way all the same, and a lost connection ends
-    the lease.
+    Without an answer in time the request is on its way all the same. Without a connection it is
+    done at once: the lease is never reattached.
     """
     if not session.drop(decision):
         return
@@ -99,18 +99,20 @@ def release(session: Session, decision: Decision) -> Operation[None]:
 def subscribe(session: Session, topics: Sequence[str] | None) -> Operation[Subscription]:
     """Subscribe to events; raises Unavailable or RequestError."""
     fields = {} if topics is None else {"topics": list(topics)}
-    subscription = Subscription()
+    subscription = Subscription(fields.get("topics"))
     yield from _answer(session, session.ask("subscribe", fields, subscription))
     return subscription
 
 
 def next_event(session: Session, subscription: Subscription) -> Operation[Event]:
-    """Wait for the next event of a subscription. Raises Unavailable once there can be none."""
+    """Wait for the next event of a subscription. Raises Unavailable once there can be none.
+
+    A restart of the daemon is not the end: the subscription is made again, and `daemon.resumed` or
+    `connection.resumed` says where something may be missing.
+    """
     if not subscription.events:
-        if session.ended is not None:
-            raise Unavailable(session.ended.detail, session.ended.reason)
-        if subscription.number not in session.subscriptions:
-            raise Unavailable("the subscription was ended", CLOSED)
+        if subscription.over is not None:
+            raise Unavailable(subscription.over.detail, subscription.over.reason)
         if subscription.waiting is not None:
             raise ValueError("another thread or task is waiting for this subscription's next event")
         ticket = subscription.waiting = Ticket()
@@ -126,14 +128,15 @@ def next_event(session: Session, subscription: Subscription) -> Operation[Event]
 
 def unsubscribe(session: Session, subscription: Subscription) -> Operation[None]:
     """End a subscription. Never raises for the daemon's part."""
-    number = subscription.number
-    if session.ended is not None or number not in session.subscriptions:
+    if subscription.over is not None:
         return
-    session.subscriptions.pop(number)
-    if subscription.waiting is not None:
-        # Another thread or task waits for an event that will not come.
-        subscription.waiting.failure = Unavailable("the subscription was ended", CLOSED)
-        subscription.waiting.finish()
+    # Another thread or task may wait for an event that will not come.
+    subscription.end(Unavailable("the subscription was ended", CLOSED))
+    number = subscription.number
+    if number not in session.subscriptions:
+        # It is being made again, and ended as soon as that is answered.
+        return
+    del session.subscriptions[number]
     try:
         yield from _answer(session, session.ask("unsubscribe", {"subscription": number}))
     except (Unavailable, RequestError):

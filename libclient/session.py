@@ -7,29 +7,24 @@ decisions (a lease changed) and `notices` (call this handler with that event).
 
 Rules kept here: an answer to a request that its caller gave up is still understood, and a grant
 among such answers is released at once. Unknown fields and events are ignored. What breaks the
-contract ends the conversation: nothing after it could be trusted. A daemon that comes back on the
-same connection (`daemon.resumed`) ends it too; to send the marker and `pending` again in its place
-belongs in `_on_resumed`.
+contract ends the conversation: nothing after it could be trusted. A daemon that was restarted does
+not end it, whether the connection was kept or lost: see `resume`. After its end a conversation may
+begin anew on another connection, unless that was the caller's wish.
 
 Not safe for several threads: the driver sees to that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from libclient import resume
+from libclient.absence import Absence
 from libclient.codec import MALFORMED, decode, encoder
 from libclient.decision import Decision, Event, EventHandler
 from libclient.errors import CLOSED, GARBAGE, NO_DAEMON, SEALED, Unavailable
-from libclient.messages import (
-    Malformed,
-    check_error,
-    deadline_of,
-    gist_of,
-    missed_before,
-    number_of,
-    text_of,
-)
+from libclient.hearing import hear, take_late, undo
+from libclient.messages import Malformed, check_error, gist_of
 from libclient.tickets import Subscription, Ticket
 from libclient.wire.framing import (
     HEADER,
@@ -40,24 +35,28 @@ from libclient.wire.framing import (
     FrameSplitter,
     FrameTooLarge,
 )
-from libclient.wire.vocabulary import EVENTS_LOST, UNKNOWN_REQUEST, UNKNOWN_TOKEN
-
-# What a session says by itself, beside the events of the wire: the connection is gone.
-CONNECTION_LOST = "connection.lost"
 
 
 class Session:
     """The state of one conversation. See the head of this file."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lasting: bool = True) -> None:
+        """`lasting` False is for a driver that does not connect anew: a lost connection ends it."""
+        self.lasting = lasting
         self.outgoing = b""
         # Handlers to be called by the driver, outside of any lock, in this order.
         self.notices: list[tuple[EventHandler, Event]] = []
         self.pending: dict[int, Ticket] = {}
         self.leases: dict[str, Decision] = {}
         self.subscriptions: dict[int, Subscription] = {}
+        # Subscriptions that ended with a process or a connection, and are being made again.
+        self.lapsed: list[Subscription] = []
         # Why nothing more can be asked; the connection is of no use unless it is sealed.
         self.ended: Unavailable | None = None
+        # Whether that is for good: closed by the caller, or sealed.
+        self.final = False
+        # While the connection is lost and this goes on: what the driver has to know of it.
+        self.away: Absence | None = None
         # Answers to come that nobody waits for.
         self.late = 0
         # When the first lease has to be renewed, on the driver's clock.
@@ -66,9 +65,23 @@ class Session:
         self._encode = encoder()
         self._splitter = FrameSplitter(MAX_REPLY_BYTES)
         self._midway = False
-        self._own_seq: int | None = None
-        # True while input is taken in or output sent, and for good if that was interrupted.
+        self.own_seq: int | None = None
+        # True while input is taken in, and for good if that was interrupted.
         self.torn = False
+        # Set by the driver while it sends: what, and then how much of it went out.
+        self.sending: bytes | None = None
+        self.sent: list[int] = []
+        # While a connection is lost or made: what an interrupt has to be followed by.
+        self.unfinished: Callable[[], None] | None = None
+        # Requests that were sent again to a new process, as long as one may be answered twice.
+        self.repeats: dict[int, Ticket | None] = {}
+        # Tokens of leases to be released once there is a connection again.
+        self.owed: set[str] = set()
+        # Of the connection that was made last: when, the first request on it, and how many in a row
+        # were closed without an answer.
+        self.joined_s: float | None = None
+        self.first: Ticket | None = None
+        self.refusals = 0
 
     @property
     def sealed(self) -> bool:
@@ -79,6 +92,11 @@ class Session:
     def expects_input(self) -> bool:
         """Whether something can arrive that matters although nobody waits for an answer."""
         return bool(self.leases or self.subscriptions or self.late or self.outgoing)
+
+    @property
+    def has_to_go_on(self) -> bool:
+        """Whether a lost connection is to be made anew without anybody asking for more."""
+        return bool(self.leases or self.pending or self.lapsed)
 
     # -- what goes out
 
@@ -96,9 +114,11 @@ class Session:
         if len(payload) > MAX_REQUEST_BYTES:
             raise ValueError(f"a request of {len(payload)} bytes, at most {MAX_REQUEST_BYTES}")
         self._last_id = request_id
-        self.outgoing += HEADER.pack(len(payload)) + payload
+        frame = HEADER.pack(len(payload)) + payload
+        self.outgoing += frame
         ticket = self.pending[request_id] = Ticket()
         ticket.request_id = request_id
+        ticket.frame = frame
         ticket.op = op
         ticket.target = target
         return ticket
@@ -117,22 +137,33 @@ class Session:
             return
         if ticket.done:
             if ticket.failure is None:
-                self._undo(ticket)
+                undo(self, ticket)
             return
         if ticket.request_id not in self.pending:
+            return
+        if self.away is not None:
+            # The connection that it was asked on is gone, and with it what it could have brought.
+            del self.pending[ticket.request_id]
+            self.outgoing = b"".join([other.frame for other in self.pending.values()])
             return
         self.late += 1
         if ticket.op == "lease":
             # Answered `unknown_request` where it does not wait: then its answer is on its way.
-            cancel = self._ask_quietly("cancel", {"request_id": ticket.request_id})
+            cancel = self.ask_quietly("cancel", {"request_id": ticket.request_id})
             cancel.cancels = ticket.request_id
 
     def mend(self) -> None:
-        """End the conversation if input or output was interrupted half-way.
+        """Put right what an interrupt left half done, or end the conversation.
 
-        What was interrupted may have been a grant, or a request cut in two: only the end of the
-        connection is sure to give everything back.
+        Of what was being sent it is known how much went out, and nothing was sent yet on a
+        connection that was being made. Input taken in half-way may have been a grant: only the end
+        of the connection is sure to give everything back.
         """
+        sending, self.sending = self.sending, None
+        if sending is not None:
+            self.outgoing = sending[self.sent[0] if self.sent else 0 :]
+        if self.unfinished is not None:
+            self.unfinished()
         if self.torn:
             self.torn = False
             self.end("interrupted in the middle of a message", CLOSED)
@@ -144,7 +175,12 @@ class Session:
         lease.ended = "released"
         self.leases.pop(lease.lease_id, None)
         if lease.renew_at is not None:
-            self._plan_renewals()
+            self.plan_renewals()
+        if self.away is not None and lease.token is not None:
+            # Never to be reattached; and told to the daemon, should it be back before its grace
+            # for the lease is over.
+            self.owed.add(lease.token)
+            return False
         return True
 
     def by_token(self, token: str) -> Decision | None:
@@ -153,40 +189,42 @@ class Session:
 
     def renew_due(self, now_s: float) -> None:
         """Ask to renew every lease whose time has come."""
-        if self.ended is not None:
+        if self.ended is not None or self.away is not None:
             return
         for lease in self.leases.values():
             if lease.renew_at is not None and lease.renew_at <= now_s and not lease.renewing:
                 lease.renewing = True
-                self._ask_quietly("renew", {"token": lease.token}, lease)
-        self._plan_renewals()
+                op = "reattach" if lease.detached else "renew"
+                self.ask_quietly(op, {"token": lease.token}, lease)
+        self.plan_renewals()
 
-    def _ask_quietly(
-        self, op: str, fields: Mapping[str, object], target: Decision | None = None
+    def ask_quietly(
+        self,
+        op: str,
+        fields: Mapping[str, object],
+        target: Decision | Subscription | None = None,
     ) -> Ticket:
         """Ask on nobody's behalf: the answer is dealt with here."""
-        if self.ended is not None:
+        if self.ended is not None or self.away is not None:
             return Ticket()
         ticket = self.ask(op, fields, target)
         ticket.abandoned = True
         self.late += 1
         return ticket
 
-    def _undo(self, ticket: Ticket) -> None:
-        """Give back what an answer brought to a caller who is gone."""
-        reply, target = ticket.reply, ticket.target
-        if not ticket.ok:
-            return
-        if ticket.op == "lease" and reply.get("granted") is True:
-            if isinstance(target, Decision):
-                self.drop(target)
-            if type(reply.get("token")) is str:
-                self._ask_quietly("release", {"token": reply["token"]})
-        elif ticket.op == "subscribe" and type(reply.get("subscription")) is int:
-            self.subscriptions.pop(reply["subscription"], None)
-            self._ask_quietly("unsubscribe", {"subscription": reply["subscription"]})
+    def release_quietly(self, token: str) -> None:
+        """Release a lease that nobody holds, now or on the next connection."""
+        if self.away is not None:
+            self.owed.add(token)
+        else:
+            self.ask_quietly("release", {"token": token})
 
-    def _plan_renewals(self) -> None:
+    def encode(self, message: Mapping[str, object]) -> bytes:
+        """Return a message as its payload. Raises ValueError, TypeError or OverflowError."""
+        return self._encode(message)
+
+    def plan_renewals(self) -> None:
+        """Find out when the first lease has to be renewed."""
         due = [
             lease.renew_at
             for lease in self.leases.values()
@@ -196,14 +234,17 @@ class Session:
 
     # -- what comes in
 
-    def feed(self, data: bytes, now_s: float) -> bool:
-        """Take bytes as they came; no bytes are the end of input. `now_s` is a monotonic clock's.
+    def feed(self, data: bytes | None, now_s: float) -> bool:
+        """Take bytes as they came; no bytes are the end of input, and None is nothing at all.
+
+        `now_s` is a monotonic clock's.
 
         Returns whether the driver has anything to do besides: send, call, renew, close. Never
         raises for what the peer sent: it ends the session instead.
         """
         if not data:
-            self.end("the daemon closed the connection")
+            if data is not None:
+                self._on_end_of_input(now_s)
             return True
         if self.ended is not None:
             # Sealed: read and thrown away. Over: nobody asked.
@@ -227,32 +268,63 @@ class Session:
         self.torn = False
         return bool(self.outgoing or self.notices or self.renew_at) or self.ended is not None
 
+    def _on_end_of_input(self, now_s: float) -> None:
+        if self.away is not None:
+            return
+        detail = "the daemon closed the connection"
+        if self.ended is not None or not self.lasting:
+            self.end(detail)
+            return
+        resume.part(self, detail, now_s)
+
     def end(self, detail: str, reason: str = NO_DAEMON) -> None:
         """Nothing more comes. Every request fails, every lease of this connection is over."""
         if self.ended is not None and not self.sealed:
             return
-        self.ended = Unavailable(detail, reason)
-        self.outgoing = b""
-        self.late = 0
-        self.renew_at = None
-        waiting = [*self.pending.values()]
-        waiting += [s.waiting for s in self.subscriptions.values() if s.waiting is not None]
-        self.pending.clear()
+        self.ended = fault = Unavailable(detail, reason)
+        self.away = None
+        self.owed.clear()
+        self.forget_connection()
+        for ticket in list(self.pending.values()):
+            self.fail(ticket, fault)
+        for subscription in [*self.subscriptions.values(), *self.lapsed]:
+            subscription.end(fault)
         self.subscriptions.clear()
-        for ticket in waiting:
-            ticket.failure = self.ended
-            ticket.ok = False
-            ticket.finish()
+        self.lapsed.clear()
         for lease in list(self.leases.values()):
-            lost = {"event": CONNECTION_LOST, "lease_id": lease.lease_id, "reason": reason}
-            self._lose(lease, f"connection lost: {detail}")
-            self._notify(lease, lost)
+            lost = {"event": resume.CONNECTION_LOST, "lease_id": lease.lease_id, "reason": reason}
+            self.lose(lease, f"connection lost: {detail}")
+            self.notify(lease, lost)
 
     def close(self) -> None:
         """End it by the caller's wish: nobody has to be told of leases lost."""
+        self.final = True
         for lease in list(self.leases.values()):
-            self._lose(lease, "closed")
+            self.lose(lease, "closed")
         self.end("this client was closed", CLOSED)
+
+    def begin_anew(self, now_s: float) -> None:
+        """Let a conversation that has ended, not for good, go on with the next connection."""
+        if self.ended is not None and not self.final:
+            self.away = Absence(self.ended, now_s, 0)
+            self.ended = None
+
+    def forget_connection(self) -> None:
+        """Drop what was about the connection alone: bytes on their way in and out, numbering."""
+        self.outgoing = b""
+        self.late = 0
+        self.renew_at = None
+        self.own_seq = None
+        self.repeats.clear()
+        self._splitter = FrameSplitter(MAX_REPLY_BYTES)
+        self._midway = False
+
+    def fail(self, ticket: Ticket, fault: Unavailable) -> None:
+        """Let a request end without an answer."""
+        ticket.failure = fault
+        ticket.ok = False
+        ticket.finish()
+        self.pending.pop(ticket.request_id, None)
 
     def _on_payload(self, payload: bytes, now_s: float) -> None:
         if self.ended is not None:
@@ -265,13 +337,16 @@ class Session:
             raise Malformed(f"a frame holds a {type(message).__name__}, not a map")
         ok = message.get("ok")
         if ok is None:
-            self._on_event(message)
+            hear(self, message)
             return
         if ok is not True:
             check_error(message)
         request_id = message.get("id")
         ticket = self.pending.get(request_id) if type(request_id) is int else None
         if ticket is None:
+            if type(request_id) is int and request_id in self.repeats:
+                resume.on_repeated(self, self.repeats.pop(request_id), message)
+                return
             raise Malformed(f"an answer to nothing that was asked: {gist_of(message)}")
         # What follows in the same read may already be about what this brought, so it is kept now.
         # A reply that breaks the contract leaves its request pending: it fails with all others.
@@ -279,14 +354,14 @@ class Session:
         ticket.ok = ok is True
         target = ticket.target
         if ticket.abandoned:
-            self._on_late_reply(ticket, now_s)
+            take_late(self, ticket, now_s)
         elif target is not None and ok is True:
             if isinstance(target, Subscription):
                 self.subscriptions[target.settle(message)] = target
             elif (lease_id := target.settle(message, now_s)) is not None:
                 self.leases[lease_id] = target
                 if target.renew_at is not None:
-                    self._plan_renewals()
+                    self.plan_renewals()
         elif ok is True and ticket.op == "seal":
             self._on_sealed()
         self.pending.pop(ticket.request_id, None)
@@ -294,86 +369,22 @@ class Session:
         if ticket.wake is not None:
             ticket.wake()
 
-    def _on_late_reply(self, ticket: Ticket, now_s: float) -> None:
-        self.late -= 1
-        code = None if ticket.ok else ticket.reply["error"]["code"]
-        if isinstance(ticket.target, Decision) and ticket.op == "renew":
-            if ticket.ok:
-                ticket.target.renewed(ticket.reply.get("expires_at"), now_s)
-            elif code == UNKNOWN_TOKEN:
-                self._lose(ticket.target, "expired")
-            else:
-                ticket.target.not_renewed(now_s)
-            self._plan_renewals()
-        elif code == UNKNOWN_REQUEST and ticket.cancels in self.pending:
-            # It does not wait, so it was answered before this: an interrupt has swallowed that
-            # answer, which may have been a grant.
-            self.end("interrupted while an answer was read", CLOSED)
-        else:
-            self._undo(ticket)
-
-    # -- events
-
-    def _on_event(self, event: Event) -> None:
-        name, number = event.get("event"), event.get("subscription")
-        if type(name) is not str:
-            raise Malformed("a message that is neither a reply nor an event")
-        if number is not None:
-            # One that was just ended may still have events under way.
-            if type(number) is int and number in self.subscriptions:
-                subscription = self.subscriptions[number]
-                missed = missed_before(subscription.seq, event)
-                subscription.seq = event["seq"]
-                if missed and name != EVENTS_LOST:
-                    subscription.put({"event": EVENTS_LOST, "count": missed})
-                subscription.put(event)
-            return
-        if name == "daemon.resumed":
-            self._on_resumed()
-            return
-        missed = missed_before(self._own_seq, event)
-        self._own_seq = event["seq"]
-        if missed and name != EVENTS_LOST:
-            for lease in self.leases.values():
-                self._notify(lease, {"event": EVENTS_LOST, "count": missed})
-        self._on_own_event(name, event)
-
-    def _on_own_event(self, name: str, event: Event) -> None:
-        lease = self.leases.get(text_of(event.get("lease_id")))
-        if name == "lease.queued":
-            ticket = self.pending.get(number_of(event.get("request_id")))
-            if ticket is not None and isinstance(ticket.target, Decision):
-                self._notify(ticket.target, event)
-        elif lease is not None:
-            if name == "lease.revoking":
-                lease.revoking = True
-                lease.deadline = deadline_of(event)
-            elif name == "lease.revoked":
-                self._lose(lease, f"revoked: {event.get('reason')}")
-            elif name == "lease.expired":
-                self._lose(lease, "expired")
-            self._notify(lease, event)
-        elif "lease_id" not in event:
-            # About the daemon or a GPU: those whom it names, or all.
-            named = event.get("lease_ids")
-            for lease_id, held in self.leases.items():
-                if type(named) is not list or lease_id in named:
-                    self._notify(held, event)
+    # -- what becomes of leases
 
     def _on_sealed(self) -> None:
+        self.final = True
         self.ended = Unavailable("the connection is sealed: it only holds its leases", SEALED)
         for lease in self.leases.values():
             lease.expires_at = lease.renew_at = None
         self.renew_at = None
 
-    def _on_resumed(self) -> None:
-        self.end("the daemon was restarted, and its leases with it")
-
-    def _lose(self, lease: Decision, why: str) -> None:
+    def lose(self, lease: Decision, why: str) -> None:
+        """A lease is over, and not by its holder's wish."""
         lease.ended = lease.ended or why
         self.leases.pop(lease.lease_id or "", None)
-        self._plan_renewals()
+        self.plan_renewals()
 
-    def _notify(self, lease: Decision, event: Event) -> None:
+    def notify(self, lease: Decision, event: Event) -> None:
+        """Have a lease's handler called with an event."""
         if lease.on_event is not None:
             self.notices.append((lease.on_event, event))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from libclient.decision import Decision, Event
-from libclient.errors import RequestError, Unavailable
+from libclient.errors import CLOSED, RequestError, Unavailable
 from libclient.messages import Malformed
 from libclient.wire.vocabulary import EVENTS_LOST
 
@@ -34,6 +34,11 @@ class Ticket:
     # Whether the answer is a good one.
     ok = False
     abandoned = False
+    # As it was sent, to be sent again, and whether it has been, to whichever process.
+    frame = b""
+    sent = False
+    # When its caller gives up, on the driver's clock, where the driver says so.
+    deadline_s: float | None = None
     # Of a `cancel`: the request that it is about.
     cancels = 0
     failure: Unavailable | None = None
@@ -65,9 +70,13 @@ class Ticket:
 class Subscription:
     """The events of one subscription that have arrived and were not taken yet."""
 
-    __slots__ = ("dropped", "events", "number", "seq", "waiting")
+    __slots__ = ("dropped", "events", "number", "over", "seq", "topics", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, topics: list[str] | None) -> None:
+        """`topics` as they were asked for, None for all."""
+        self.topics = topics
+        # Why no event comes any more. It begins with the daemon's answer and ends once.
+        self.over: Unavailable | None = Unavailable("not subscribed yet", CLOSED)
         self.number: int | None = None
         self.seq: int | None = None
         self.events: deque[Event] = deque()
@@ -80,7 +89,16 @@ class Subscription:
         if type(number) is not int:
             raise Malformed("a subscription without a number")
         self.number = number
+        self.over = None
         return number
+
+    def end(self, fault: Unavailable) -> None:
+        """No event comes any more; whoever waits for one is told why."""
+        self.over = fault
+        if self.waiting is not None:
+            waiting, self.waiting = self.waiting, None
+            waiting.failure = fault
+            waiting.finish()
 
     def put(self, event: Event) -> None:
         """Take an event in. When full, drop it and count it."""

@@ -32,7 +32,7 @@ class Holding:
     def __init__(self, path: str, timeout_s: float) -> None:
         """Connect. Raises Unavailable."""
         self._timeout_s = timeout_s
-        self._session = Session()
+        self._session = Session(lasting=False)
         self._sock = new_socket()
         try:
             for pause_s in connecting(self._sock, path, monotonic() + timeout_s):
@@ -93,6 +93,9 @@ class Holding:
             notices, session.notices = session.notices, []
             for handler, event in notices:
                 handler(event)
+            if session.outgoing:
+                # The daemon was restarted, and is to be told again what it was asked.
+                self._send(max(0.0, deadline_s - monotonic()))
         ticket.result()
 
     def _send(self, timeout_s: float) -> None:

@@ -17,7 +17,14 @@ import pytest
 import libclient
 from libclient.errors import NotGranted, Unavailable
 from libclient.wire.framing import HEADER, MAX_REPLY_BYTES
-from tests.support.proxy import FakeDaemon, Script, Served, grant_fields, wait_for
+from tests.support.proxy import (
+    FakeDaemon,
+    Script,
+    Served,
+    grant_everything,
+    grant_fields,
+    wait_for,
+)
 
 # The promise is 2 s in all. What the machine adds while it is busy with other tests is not the
 # client's; where time itself is the question, the test runs alone and the slack is small.
@@ -361,20 +368,28 @@ def test_a_cancelled_task_gives_its_late_grant_back(tmp_path: Path) -> None:
         assert daemon.ops()[:3] == ["lease", "cancel", "release"]
 
 
-def test_a_lost_connection_ends_a_lease_and_its_release_is_quiet(tmp_path: Path) -> None:
+def test_garbage_ends_a_lease_and_its_release_is_quiet_and_the_next_call_is_answered(
+    tmp_path: Path,
+) -> None:
     def script(conn: Served) -> None:
         conn.reply(conn.expect("lease"), **grant_fields())
         conn.expect("health")
+        conn.sock.sendall(HEADER.pack(1) + b"\xc1")
+        conn.wait_for_end()
 
     events: list[dict[str, Any]] = []
-    with FakeDaemon(tmp_path, script) as daemon, libclient.connect(daemon.path) as client:
+    with (
+        FakeDaemon(tmp_path, script, grant_everything) as daemon,
+        libclient.connect(daemon.path) as client,
+    ):
         lease = client.lease("analyst", on_event=events.append)
         assert lease.ended is None
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match="garbage"):
             client.call("health")
         assert str(lease.ended).startswith("connection lost")
         lease.release()
         assert client.closed
-        assert client.lease("analyst").reason == "NO_DAEMON"
         wait_for(lambda: bool(events), "the news of the lost connection")
         assert events[0]["event"] == "connection.lost"
+        assert client.lease("analyst").granted
+        assert daemon.ops() == ["lease", "health", "lease"]

@@ -7,18 +7,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import libclient
 from libclient.errors import Unavailable
+from libclient.exchange import Exchange
+from tests.support.interrupts import interrupt_at
 from tests.support.proxy import FakeDaemon, Served, denial_fields, grant_fields, wait_for
 
 # recvfrom and poll, by their numbers on the two architectures that have such GPUs.
 WAITING = {"x86_64": {"45", "7"}, "aarch64": {"207", "73"}}[os.uname().machine]
+
+SENDING = Exchange._flush.__code__
 
 
 def system_call(thread_id: int) -> str:
@@ -81,25 +84,26 @@ def test_a_handler_that_strikes_in_the_middle_of_the_client_is_told(tmp_path: Pa
     assert "interrupted" in str(faults[0])
 
 
-@pytest.mark.parametrize("sent", [False, True])
-def test_a_request_that_is_interrupted_half_way_is_never_sent_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bool
+def test_an_interrupt_at_any_step_of_sending_ends_no_lease_and_sends_nothing_twice(
+    tmp_path: Path,
 ) -> None:
     with FakeDaemon(tmp_path) as daemon, libclient.connect(daemon.path) as client:
-        send = client.exchange._send
-
-        def interrupted(data: Any, flags: int) -> int:
-            if sent:
-                send(data, flags)
-            raise KeyboardInterrupt
-
-        # The moment cannot be met from outside.
-        monkeypatch.setattr(client.exchange, "_send", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            client.lease("analyst")
-        assert client.closed
-        daemon.wait_for_hangup()
-        assert daemon.ops() == ["lease"] * sent
+        lease = client.lease("analyst")
+        steps = 0
+        while True:
+            with suppress(KeyboardInterrupt), interrupt_at(steps, SENDING) as struck:
+                client.call("health", step=steps)
+            if not struck():
+                break
+            steps += 1
+            client.call("ready")
+            assert lease.live
+        assert steps > 40
+        asked = [request["step"] for request in daemon.requests if request["op"] == "health"]
+        assert asked == sorted(set(asked))
+        assert client.exchange.session.ended is None
+        lease.release()
+        assert lease.ended == "released"
 
 
 def test_an_interrupted_caller_holds_nothing(tmp_path: Path) -> None:

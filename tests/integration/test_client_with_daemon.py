@@ -245,8 +245,10 @@ def test_a_daemon_that_is_killed_lets_its_clients_go_on(
     lease = client.lease("analyst", "2GiB")
     daemon.signal(signal.SIGKILL)
     daemon.wait()
-    wait_for(lambda: lease.ended is not None, "the news")
+    wait_for(lambda: lease.detached, "the news")
+    assert lease.live
     lease.release()
+    assert lease.ended == "released"
     assert client.lease("analyst", "2GiB").reason == "NO_DAEMON"
     assert libclient.lease("analyst", "2GiB", socket=path).reason == "NO_DAEMON"
 

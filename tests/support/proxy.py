@@ -102,6 +102,26 @@ class Served:
         self._seq += 1
         self.send(event=name, seq=self._seq, time=1_000.0, **fields)
 
+    def take_over(self, number: int = 1) -> bytes:
+        """Go on as the daemon's next process would; return what it discards before the marker.
+
+        `number` tells one nonce from another.
+        """
+        self._seq = 0
+        nonce = bytes([number]) * 16
+        self.event("daemon.resumed", epoch="e1", nonce=nonce)
+        marker = b"\xff\xff\xff\xff" + nonce
+        data = b""
+        while marker not in data:
+            more = self.sock.recv(65_536)
+            if not more:
+                raise Hangup
+            data += more
+        discarded, _, rest = data.partition(marker)
+        self._splitter = FrameSplitter(MAX_REQUEST_BYTES)
+        self._splitter.feed(rest)
+        return discarded
+
     def wait_for_end(self) -> None:
         """Read on until the client closes; what it asks for is seen, and not answered."""
         while True:
@@ -111,9 +131,9 @@ class Served:
 Script = Callable[[Served], None]
 
 
-def grant_everything(conn: Served) -> None:
-    """Answer as a daemon with endless memory would."""
-    number = 0
+def grant_everything(conn: Served, held: int = 0) -> None:
+    """Answer as a daemon with endless memory would, of which so many leases are held already."""
+    number = held
     while True:
         request = conn.request()
         if request["op"] == "lease":
@@ -124,14 +144,19 @@ def grant_everything(conn: Served) -> None:
 
 
 class FakeDaemon:
-    """A listening socket and a script for every connection. A context manager."""
+    """A listening socket and a script for every connection. A context manager.
 
-    def __init__(self, folder: Path, script: Script = grant_everything) -> None:
+    Of several scripts each connection gets the next one, and the last serves all that follow. In a
+    folder where one was closed, another is what a client finds after a restart.
+    """
+
+    def __init__(self, folder: Path, *scripts: Script) -> None:
         self.path = str(folder / "fake.sock")
+        Path(self.path).unlink(missing_ok=True)
         self.requests: list[dict[str, Any]] = []
         # What a script failed with: raised by `close`, so that a test cannot miss it.
         self.failures: list[BaseException] = []
-        self._script = script
+        self._scripts = scripts or (grant_everything,)
         self._conns: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.socket(socket.AF_UNIX)
@@ -150,14 +175,17 @@ class FakeDaemon:
             if self._closing:
                 sock.close()
                 return
+            script = self._scripts[min(len(self._conns), len(self._scripts) - 1)]
             self._conns.append(sock)
-            thread = threading.Thread(target=self._serve, args=(sock,), name="fake-connection")
+            thread = threading.Thread(
+                target=self._serve, args=(sock, script), name="fake-connection"
+            )
             thread.start()
             self._threads.append(thread)
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock: socket.socket, script: Script) -> None:
         try:
-            self._script(Served(sock, self.requests))
+            script(Served(sock, self.requests))
         except (Hangup, ConnectionError):
             pass
         except BaseException as fault:

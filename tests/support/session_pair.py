@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from libclient import operations
+from libclient import operations, resume
 from libclient.decision import Decision, Event
 from libclient.session import Session
 from libclient.tickets import Ticket
@@ -37,6 +37,37 @@ class SessionPair:
         while (payload := self._splitter.next_frame()) is not None:
             found.append(msgpack.unpackb(payload))
         return found
+
+    def resume(self, number: int = 1, changes: dict[str, object] | None = None) -> None:
+        """Say that the daemon's next process has the connection. `number` makes the nonce."""
+        self._seq = 0
+        fields = {"epoch": "e1", "nonce": bytes([number]) * 16, **(changes or {})}
+        self.send(self.event("daemon.resumed", **fields))
+
+    def asked_again(self, number: int = 1) -> list[dict[str, Any]]:
+        """Carry over what is sent, which has to begin with the marker; return the requests."""
+        marker = b"\xff" * 4 + bytes([number]) * 16
+        assert self.session.outgoing.startswith(marker)
+        self.session.outgoing = self.session.outgoing[len(marker) :]
+        self.reset()
+        return self.asked()
+
+    @staticmethod
+    def decode(payload: bytes) -> dict[str, Any]:
+        """Return a request as the daemon's end reads it."""
+        request: dict[str, Any] = msgpack.unpackb(payload)
+        return request
+
+    def reset(self) -> None:
+        """Forget the half of a request that another process had read."""
+        self._splitter = FrameSplitter(MAX_REQUEST_BYTES)
+
+    def rejoin(self) -> list[dict[str, Any]]:
+        """Give the session a new connection; return what it asks there at once."""
+        resume.rejoin(self.session, self.now_s)
+        self.reset()
+        self._seq = 0
+        return self.asked()
 
     def at_rest(self) -> bool:
         """Whether nothing is held and nothing is to come."""

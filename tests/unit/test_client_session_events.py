@@ -8,7 +8,6 @@ import pytest
 
 from libclient import operations
 from libclient.errors import Unavailable
-from libclient.session import CONNECTION_LOST
 from libclient.tickets import BACKLOG_EVENTS
 from libclient.wire.vocabulary import EVENTS_LOST
 from tests.support.session_pair import (
@@ -106,25 +105,6 @@ def test_events_that_are_missing_are_told_and_a_seq_that_falls_is_garbage(
     pair.send({"event": "daemon.safe_mode", "seq": 4, "time": 0.0})
     assert pair.session.ended is not None
     assert pair.session.ended.reason == "GARBAGE"
-
-
-def test_a_lost_connection_ends_every_lease_and_tells_its_owner(pair: SessionPair) -> None:
-    asked = held_lease(pair)
-    waiting = Asked(pair)
-    pair.feed(b"")
-    tell(pair)
-    assert [event["event"] for event in asked.events] == [CONNECTION_LOST]
-    assert asked.decision.ended is not None
-    assert "connection lost" in asked.decision.ended
-    assert result_of(waiting.operation).reason == "NO_DAEMON"
-
-
-def test_a_daemon_that_comes_back_on_the_connection_ends_it(pair: SessionPair) -> None:
-    asked = held_lease(pair)
-    pair.send(pair.event("daemon.resumed", epoch="e", nonce=b"0" * 16))
-    assert not asked.decision.live
-    assert pair.session.ended is not None
-    assert pair.session.ended.reason == "NO_DAEMON"
 
 
 # -- subscriptions

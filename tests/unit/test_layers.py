@@ -71,6 +71,16 @@ ROOMS = (
         "the session takes bytes and time as inputs, so that one core serves sync, async and tests",
         PURE,
     ),
+    *(
+        Room(
+            name,
+            ("libclient",),
+            (),
+            "what a restart means for the conversation is the session's: it does no I/O either",
+            PURE,
+        )
+        for name in ("libclient.resume", "libclient.hearing", "libclient.absence")
+    ),
     Room(
         "libclient.operations",
         ("libclient",),
