@@ -20,6 +20,7 @@ from tests.support.skips import in_ci
 # Program to Debian package.
 PACKAGES = {
     "cc": "gcc",
+    "curl": "curl",
     "nc": "netcat-openbsd",
     "redis-server": "redis-server",
     "socat": "socat",
@@ -27,7 +28,7 @@ PACKAGES = {
 }
 # What each target of the Makefile needs.
 NEEDED = {
-    "test": ("cc", "nc", "socat", "tmux"),
+    "test": ("cc", "curl", "nc", "socat", "tmux"),
     "bench": ("cc", "redis-server"),
 }
 # A package index that is being updated answers again after a moment.
