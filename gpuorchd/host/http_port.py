@@ -57,6 +57,7 @@ def _differs(configured: int, host: str, port: int) -> str:
         return f"{said}; to have none: systemctl disable --now {METRICS_NAME}"
     return (
         f"{said}; to move it, write /etc/systemd/system/{METRICS_NAME}.d/port.conf with the lines "
-        f"'[Socket]', 'ListenStream=' and 'ListenStream={host}:{configured}', then restart "
-        f"{METRICS_NAME} and the daemon; to keep it, take {VARIABLE} out"
+        f"'[Socket]', 'ListenStream=' and 'ListenStream={host}:{configured}', then: systemctl "
+        f"daemon-reload && systemctl restart justnews@gpu_orchestrator; to keep it, take "
+        f"{VARIABLE} out"
     )

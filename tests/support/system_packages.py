@@ -24,11 +24,12 @@ PACKAGES = {
     "nc": "netcat-openbsd",
     "redis-server": "redis-server",
     "socat": "socat",
+    "systemctl": "systemd",
     "tmux": "tmux",
 }
 # What each target of the Makefile needs.
 NEEDED = {
-    "test": ("cc", "curl", "nc", "socat", "tmux"),
+    "test": ("cc", "curl", "nc", "socat", "systemctl", "tmux"),
     "bench": ("cc", "redis-server"),
 }
 # A package index that is being updated answers again after a moment.
