@@ -8,7 +8,6 @@ from typing import Final
 
 from deploy.man_pages import man_page
 from deploy.places import Places
-from deploy.rendering import render
 from gpuorchd.command_line import parser as daemon_parser
 from libclient.cli import completion, grammar, roster_health, roster_start
 from libclient.ports import daemon_port
@@ -28,8 +27,19 @@ def write_pages(places: Places, known: Mapping[str, str]) -> None:
     places.write(share / "bash-completion" / "completions" / "gpuorch", completion.bash() + "\n")
     places.write(share / "zsh" / "site-functions" / "_gpuorch", completion.zsh() + "\n")
     places.write(share / "fish" / "vendor_completions.d" / "gpuorch.fish", completion.fish() + "\n")
-    runbook = (DOCS / RUNBOOK).read_text(encoding="utf-8")
-    places.write(places.docdir / RUNBOOK, render(runbook, known, RUNBOOK))
+    places.write(places.docdir / RUNBOOK, _runbook(places))
+
+
+def _runbook(places: Places) -> str:
+    """Return the runbook, which is written for the usual paths, with those of this installation."""
+    text = (DOCS / RUNBOOK).read_text(encoding="utf-8")
+    usual = Places(places.destdir, Path("/usr/local"), Path("/etc"))
+    for written, real in (
+        (usual.docdir, places.docdir),
+        (usual.sysconfdir / "justnews", places.sysconfdir / "justnews"),
+    ):
+        text = text.replace(str(written), str(real))
+    return text
 
 
 def _manual() -> dict[str, str]:

@@ -16,7 +16,7 @@ from libclient.cli.looking import failed_checks
 from libclient.cli.screen import Screen, complain
 from libclient.cli.side_http import Reached, ask
 from libclient.cli.tables import Cell, Column
-from libclient.ports import DAEMON, Entry, port_map
+from libclient.ports import AGENT, DAEMON, KINDS, Entry, port_map
 from libclient.version import VERSION
 
 TIMEOUT_S: Final = 2.0
@@ -43,6 +43,7 @@ exit codes:
 
 examples:
   justnews-health                            every port of the map
+  justnews-health --agents                   the daemon and the agents
   justnews-health gpu_orchestrator           the daemon alone: a probe for scripts
   justnews-health --port gpu_orchestrator    print its port"""
 
@@ -69,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.port is not None:
         print(known[args.port].port)
         return exits.OK
-    chosen = [entry for entry in entries if not args.names or entry.name in args.names]
+    kinds = {DAEMON, AGENT} if args.agents else set(KINDS)
+    chosen = [
+        entry
+        for entry in entries
+        if entry.kind in kinds and (not args.names or entry.name in args.names)
+    ]
     findings = check(chosen, args.timeout)
     show(Screen(json=args.json), findings)
     return exit_code(findings)
@@ -89,6 +95,9 @@ def parser() -> ArgumentParser:
     )
     whole.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
     whole.add_argument("--version", action="version", version=f"justnews-health {VERSION}")
+    whole.add_argument(
+        "--agents", action="store_true", help="only the daemon and the agents, no other services"
+    )
     whole.add_argument("--json", action="store_true", help="answer in one JSON document")
     whole.add_argument("--port", metavar="NAME", help="print the port of this one and exit")
     whole.add_argument(

@@ -20,6 +20,7 @@ from tests.support.skips import in_ci
 # Program to Debian package.
 PACKAGES = {
     "cc": "gcc",
+    "curl": "curl",
     "nc": "netcat-openbsd",
     "redis-server": "redis-server",
     "socat": "socat",
@@ -28,7 +29,7 @@ PACKAGES = {
 }
 # What each target of the Makefile needs.
 NEEDED = {
-    "test": ("cc", "nc", "socat", "systemctl", "tmux"),
+    "test": ("cc", "curl", "nc", "socat", "systemctl", "tmux"),
     "bench": ("cc", "redis-server"),
 }
 # A package index that is being updated answers again after a moment.

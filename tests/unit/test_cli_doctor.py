@@ -41,7 +41,7 @@ def test_a_missing_socket_is_started_by_its_unit_or_by_hand(scene: Scene) -> Non
     assert_finds(scene.one(reaching.socket_check), FAIL, "is not there", "gpuorchd --socket")
     scene.unit(SERVICE)
     assert_finds(
-        scene.one(reaching.socket_check), FAIL, "is not there", f"systemctl start {SOCKET_UNIT}"
+        scene.one(reaching.socket_check), FAIL, "is not there", f"systemctl restart {SERVICE}"
     )
 
 
@@ -107,9 +107,11 @@ def test_group_membership_is_that_of_the_session_and_not_of_the_file(
 
 def test_no_daemon_an_old_daemon_and_safe_mode_are_told_apart(scene: Scene) -> None:
     scene.more["fault"] = "nobody answers there"
-    assert_finds(scene.one(reaching.daemon_check), FAIL, "nobody answers there", "look at the")
-    scene.unit(SERVICE)
-    assert_finds(scene.one(reaching.daemon_check), FAIL, "nobody answers", "journalctl")
+    assert_finds(scene.one(reaching.daemon_check), FAIL, "nobody answers", "the socket first")
+    with listen(scene.root / "s"):
+        assert_finds(scene.one(reaching.daemon_check), FAIL, "nobody answers there", "look at the")
+        scene.unit(SERVICE)
+        assert_finds(scene.one(reaching.daemon_check), FAIL, "nobody answers", "journalctl")
     scene.answers()
     assert_finds(scene.one(reaching.daemon_check), WARN, "gpuorchd 0.0.0", "systemctl restart")
     scene.answers(hello={"version": VERSION})
@@ -145,7 +147,13 @@ def test_units_that_are_not_installed_are_named(scene: Scene) -> None:
     ("name", "properties", "level", "said", "mend"),
     [
         (SOCKET_UNIT, {}, OK, "is active, enabled", ""),
-        (SOCKET_UNIT, {"ActiveState": "inactive"}, FAIL, "is inactive", "enable --now"),
+        (
+            SOCKET_UNIT,
+            {"ActiveState": "inactive"},
+            FAIL,
+            "is inactive",
+            f"restart {SERVICE}",
+        ),
         (
             SOCKET_UNIT,
             {"ActiveState": "failed", "Result": "trigger-limit-hit"},

@@ -33,14 +33,34 @@ def test_the_env_file_is_judged_by_the_daemons_own_program(scene: Scene) -> None
     scene.write("/etc/justnews/gpu_orchestrator.env")
     path.chmod(0o640)
     assert_finds(scene.one(configured.env_file_check), OK, "is valid")
-    path.chmod(0o644)
-    assert_finds(scene.one(configured.env_file_check), WARN, "mode 0644", "chmod 0640")
-    path.chmod(0o640)
     said = "SAFE_MODE (/etc/justnews/gpu_orchestrator.env:12) is 'x'; allowed: true"
     scene.more |= {"config": None, "config_fault": said}
     assert_finds(scene.one(configured.env_file_check), FAIL, ":12) is 'x'", "+12 /etc/justnews/")
+    path.chmod(0o644)
+    _, mode = scene.found(configured.env_file_check)
+    assert_finds(mode, WARN, "mode 0644", "chmod 0640")
+    path.chmod(0o640)
     scene.more["config_fault"] = "/etc/x.env: cannot be opened: Permission denied"
     assert_finds(scene.one(configured.env_file_check), WARN, "may not read", "gpuorch doctor")
+    scene.answers(ready={"checks": {"config": {"ok": True}}})
+    assert_finds(scene.one(configured.env_file_check), OK, "in force as read")
+
+
+@pytest.mark.parametrize(
+    ("warning", "mend"),
+    [
+        ("/etc/x.env can be read by everyone (mode 0644); chmod 0640 /etc/x.env", "chmod 0640 /e"),
+        ("SAFE_MODEL (/etc/x.env:3) is not a variable of this program", "+3 /etc/x.env"),
+        ("GPUORCH_X is not a variable of this program", f"systemctl edit {SERVICE}"),
+    ],
+)
+def test_a_warning_of_the_daemons_program_is_mended_where_it_stands(
+    scene: Scene, warning: str, mend: str
+) -> None:
+    scene.unit(SERVICE)
+    scene.write("/etc/x.env")
+    scene.more |= {"env_file": "/etc/x.env", "config": {}, "config_warnings": (warning,)}
+    assert_finds(scene.one(configured.env_file_check), WARN, warning.split(";")[0], mend)
 
 
 def test_an_edit_that_the_daemon_has_not_read_is_found(scene: Scene) -> None:
@@ -85,7 +105,7 @@ def test_a_port_that_differs_from_the_socket_unit_comes_with_the_drop_in_to_writ
     first, second = scene.found(configured.port_check)
     assert_finds(first, FAIL, f"GPU_ORCHESTRATOR_PORT is {daemon_port()}", f"{METRICS_UNIT}.d")
     assert f"ListenStream=127.0.0.1:{daemon_port()}" in "\n".join(first.mend)
-    assert_finds(second, WARN, "nobody listens on 127.0.0.1:1", f"enable --now {METRICS_UNIT}")
+    assert_finds(second, WARN, "nobody listens on 127.0.0.1:1", f"systemctl restart {SERVICE}")
 
 
 # GPUs.

@@ -18,6 +18,9 @@ from libclient.errors import RequestError, Unavailable
 from libclient.where import socket_path
 
 SERVICE: Final = "gpuorchd.service"
+# Lets both sockets listen again, whatever state all of it is in: the service brings its sockets
+# with it, and keeps the stored connections. systemd starts no socket whose service runs already.
+LISTEN_AGAIN: Final = f"systemctl restart {SERVICE}"
 SOCKET_UNIT: Final = "gpuorchd.socket"
 METRICS_UNIT: Final = "gpuorchd-metrics.socket"
 # Where the unit has the env file, unless it says otherwise.

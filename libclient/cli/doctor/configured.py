@@ -7,7 +7,14 @@ import re
 import stat
 from typing import Final
 
-from libclient.cli.doctor.case import METRICS_UNIT, PROGRAM_MISSING, SERVICE, Case, user_name
+from libclient.cli.doctor.case import (
+    LISTEN_AGAIN,
+    METRICS_UNIT,
+    PROGRAM_MISSING,
+    SERVICE,
+    Case,
+    user_name,
+)
 from libclient.cli.doctor.findings import FAIL, OK, WARN, Finding, Findings, as_root
 from libclient.cli.doctor.host import Listening
 from libclient.cli.side_http import ask
@@ -31,25 +38,46 @@ def env_file_check(case: Case) -> Findings:
     except OSError as fault:
         yield Finding("env file", WARN, f"{path}: {fault.strerror}")
         status = None
-    if status is not None:
-        yield from _mode_check(path, status)
     if case.config is not None:
+        # The daemon's program warns of the mode as well.
         for warning in case.config_warnings:
-            yield Finding("env file", WARN, safe(warning), _edit(case, warning))
+            yield _warned(case, warning)
         if status is not None and not case.config_warnings:
             yield Finding("env file", OK, f"{path} is valid")
         yield from _edited_check(case, status)
     elif case.config_fault == PROGRAM_MISSING:
         yield Finding("env file", OK, "not checked: the daemon's program is not on this host")
     elif "Permission denied" in case.config_fault:
-        yield Finding(
-            "env file",
-            WARN,
-            f"{user_name()} may not read {path}, so what is in it was not checked",
-            (as_root("gpuorch doctor"),),
-        )
+        yield _unseen(case)
     else:
         yield Finding("env file", FAIL, safe(case.config_fault), _edit(case, case.config_fault))
+    if case.config is None and status is not None:
+        yield from _mode_check(path, status)
+
+
+def _warned(case: Case, warning: str) -> Finding:
+    """Turn a warning of the daemon's program into a finding."""
+    found, chmod, rest = warning.partition("; chmod ")
+    if chmod:
+        return Finding("env file", WARN, safe(found), (as_root(f"chmod {rest}"),))
+    if case.env_file in warning or not case.managed:
+        return Finding("env file", WARN, safe(warning), _edit(case, warning))
+    # It stands in the environment that the unit gives.
+    mend = as_root(f"systemctl edit {SERVICE}   (Environment=)")
+    return Finding("env file", WARN, safe(warning), (mend,))
+
+
+def _unseen(case: Case) -> Finding:
+    """Say what is known of a file that whoever asks may not read, as is right."""
+    config = (case.answer("ready").get("checks") or {}).get("config") or {}
+    if config.get("ok"):
+        return Finding("env file", OK, f"{case.env_file} is closed to you, and in force as read")
+    return Finding(
+        "env file",
+        WARN,
+        f"user {user_name()} may not read {case.env_file}: what is in it was not checked",
+        (as_root("gpuorch doctor"),),
+    )
 
 
 def _mode_check(path: str, status: os.stat_result) -> Findings:
@@ -126,14 +154,17 @@ def _move(port: int) -> tuple[str, ...]:
     return (
         as_root(f"mkdir -p {folder}"),
         f"printf '{lines}' | " + as_root(f"tee {folder}/port.conf"),
-        as_root(f"systemctl daemon-reload && systemctl restart {METRICS_UNIT} {SERVICE}"),
+        as_root("systemctl daemon-reload"),
+        # The socket cannot be started while the service runs, which then brings it back.
+        as_root(f"systemctl stop {METRICS_UNIT}"),
+        as_root(LISTEN_AGAIN),
     )
 
 
 def _silent_check(case: Case, port: int) -> Findings:
     mend: tuple[str, ...] = ()
     if case.managed:
-        mend = (as_root(f"systemctl enable --now {METRICS_UNIT}"),)
+        mend = (as_root(LISTEN_AGAIN),)
     elif not case.fault:
         mend = (f"start gpuorchd with --http-port {port}",)
     level = WARN if case.managed or not case.fault else OK
@@ -153,5 +184,5 @@ def _foreign_check(case: Case, port: int, holders: list[Listening]) -> Findings:
     who = f"process {holder.pid} ({safe(holder.command)})" if holder else "another process"
     find = () if holder else (as_root(f"ss -ltnp 'sport = :{port}'"),)
     end = (as_root(f"kill {holder.pid}"),) if holder else ()
-    again = (as_root(f"systemctl restart {METRICS_UNIT}"),) if case.managed else ()
+    again = (as_root(LISTEN_AGAIN),) if case.managed else ()
     yield Finding("port", FAIL, f"127.0.0.1:{port} is in use by {who}", (*find, *end, *again))

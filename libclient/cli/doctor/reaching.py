@@ -10,7 +10,15 @@ import socket
 import stat
 from typing import Final
 
-from libclient.cli.doctor.case import SERVICE, SOCKET_UNIT, Case, listener_pid, user_name
+from libclient.cli.doctor.case import (
+    LISTEN_AGAIN,
+    METRICS_UNIT,
+    SERVICE,
+    SOCKET_UNIT,
+    Case,
+    listener_pid,
+    user_name,
+)
 from libclient.cli.doctor.findings import FAIL, OK, WARN, Finding, Findings, as_root
 from libclient.cli.text import safe
 from libclient.version import VERSION
@@ -28,7 +36,7 @@ def socket_check(case: Case) -> Findings:
         yield Finding("socket", FAIL, f"{path} is not there: nobody can ask", _start(case))
         return
     except PermissionError:
-        yield Finding("socket", FAIL, f"the folder of {path} is closed to {user_name()}")
+        yield Finding("socket", FAIL, f"the folder of {path} is closed to user {user_name()}")
         return
     if not stat.S_ISSOCK(status.st_mode):
         yield Finding(
@@ -44,7 +52,7 @@ def socket_check(case: Case) -> Findings:
         keeper = "systemd listens" if listener_pid(path) == 1 else "the daemon listens"
         yield Finding("socket", OK, f"{shown}; {keeper}")
     elif fault in (errno.EACCES, errno.EPERM):
-        yield Finding("socket", FAIL, f"{shown}; {user_name()} may not open it", _join(status))
+        yield Finding("socket", FAIL, f"{shown}; user {user_name()} may not open it", _join(status))
     else:
         yield Finding(
             "socket", FAIL, f"{shown}; a file is left, and nobody listens on it", _start(case)
@@ -90,7 +98,7 @@ def _group_name(gid: int) -> str:
 
 def _start(case: Case) -> tuple[str, ...]:
     if case.managed:
-        return (as_root(f"systemctl start {SOCKET_UNIT} {SERVICE}"),)
+        return (as_root(LISTEN_AGAIN),)
     return (f"gpuorchd --socket {case.socket_path}   (or make install, for the units)",)
 
 
@@ -110,7 +118,7 @@ def group_check(case: Case) -> Findings:
     admin = case.answer("whoami").get("admin")
     rights = "" if admin is None else ("; an admin" if admin else "; no admin")
     if os.geteuid() == 0:
-        yield Finding("group", OK, f"{name} may open the socket whatever its group{rights}")
+        yield Finding("group", OK, f"user {name} may open the socket whatever its group{rights}")
         return
     try:
         gid = os.stat(case.socket_path).st_gid
@@ -122,22 +130,22 @@ def group_check(case: Case) -> Findings:
         return
     listed = name in entry.gr_mem
     if entry.gr_gid in {os.getegid(), *os.getgroups()}:
-        yield Finding("group", OK, f"{name} is in the group {entry.gr_name}{rights}")
+        yield Finding("group", OK, f"user {name} is in the group {entry.gr_name}{rights}")
     elif not case.fault:
         # Its mode, or its owner, lets them in.
-        yield Finding("group", OK, f"{name} may open the socket without its group{rights}")
+        yield Finding("group", OK, f"user {name} may open the socket without its group{rights}")
     elif listed:
         yield Finding(
             "group",
             FAIL,
-            f"{name} was added to the group {entry.gr_name} after this session began",
+            f"user {name} was added to the group {entry.gr_name} after this session began",
             (f"newgrp {entry.gr_name}   (or log in again)",),
         )
     else:
         yield Finding(
             "group",
             FAIL,
-            f"{name} is not in the group {entry.gr_name}, which may open the socket",
+            f"user {name} is not in the group {entry.gr_name}, which may open the socket",
             (
                 as_root(f"usermod -aG {entry.gr_name} {name}"),
                 f"newgrp {entry.gr_name}   (or log in again)",
@@ -155,7 +163,9 @@ def _entry(gid: int | None) -> grp.struct_group | None:
 def daemon_check(case: Case) -> Findings:
     """The daemon: answers, in which version, and whether SAFE_MODE keeps everyone off."""
     if "health" not in case.answers:
-        yield Finding("daemon", FAIL, safe(case.fault or "no answer"), _look(case))
+        reached = connect_fault(case.socket_path) is None
+        mend = _look(case) if reached else ("mend the socket first, see above",)
+        yield Finding("daemon", FAIL, safe(case.fault or "no answer"), mend)
         return
     version = str(case.answer("hello").get("version"))
     if version != VERSION:
@@ -186,6 +196,7 @@ def _look(case: Case) -> tuple[str, ...]:
 # What mends a failed check of `ready`, by its name.
 READY_MENDS: Final = {
     "config": ("mend the line that is named, then: systemctl reload gpuorchd",),
+    "http": (f"systemctl status {METRICS_UNIT}",),
     "devices": ("nvidia-smi   (does the driver answer at all?)",),
     "nvml": ("set ENABLE_NVML=false, or install the driver's libnvidia-ml.so.1",),
     "mps": ("systemctl start nvidia-mps   (or set ENABLE_MPS=false)",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from libclient.cli.doctor.case import METRICS_UNIT, SERVICE, SOCKET_UNIT, Case
+from libclient.cli.doctor.case import LISTEN_AGAIN, METRICS_UNIT, SERVICE, SOCKET_UNIT, Case
 from libclient.cli.doctor.devices import DRIVER_UNIT
 from libclient.cli.doctor.findings import FAIL, OK, WARN, Finding, Findings, as_root
 from libclient.cli.doctor.host import environment_of
@@ -57,19 +57,21 @@ def _unit_check(name: str, unit: Mapping[str, str]) -> Findings:
             (
                 as_root(f"journalctl -u {name} -n 50"),
                 as_root(f"systemctl reset-failed {name}"),
-                as_root(f"systemctl start {name}"),
+                _start_again(name),
             ),
         )
     elif state == "active":
         yield from _active(name, unit)
     elif name.endswith(".socket"):
-        yield Finding(
-            "units", FAIL, f"{name} is {state}", (as_root(f"systemctl enable --now {name}"),)
-        )
+        yield Finding("units", FAIL, f"{name} is {state}", (_start_again(name),))
     elif name == SERVICE:
         yield Finding("units", OK, f"{name} is {state}: the first client starts it")
     else:
         yield Finding("units", OK, f"{name} is {state}")
+
+
+def _start_again(name: str) -> str:
+    return as_root(LISTEN_AGAIN if name.endswith(".socket") else f"systemctl start {name}")
 
 
 def _active(name: str, unit: Mapping[str, str]) -> Findings:
