@@ -43,8 +43,10 @@ D = TypeVar("D")
 
 # Variables that begin so are ours: one that is not in the table is most likely misspelt.
 PREFIXES = ("GPUORCH_", "GPU_ORCHESTRATOR_")
-# Variables that the client library reads, or that `gpuorch run` sets for its command.
-CLIENT_VARIABLES = frozenset({"GPUORCH_AGENT", "GPUORCH_CPU_REASON", "GPUORCH_LEASE_ID"})
+# Variables that the client library and its command read, or that `gpuorch run` sets.
+CLIENT_VARIABLES = frozenset(
+    {"GPUORCH_AGENT", "GPUORCH_CPU_REASON", "GPUORCH_LEASE_ID", "GPUORCH_TRACEBACK"}
+)
 
 DAY_S = 86_400
 YEAR_S = 365 * DAY_S

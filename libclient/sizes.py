@@ -51,12 +51,13 @@ def parse_memory(text: str | float) -> int:
         return _memory_of_text(text)
     if isinstance(text, bool) or not isinstance(text, int | float):
         raise TypeError(f"memory has to be a size such as '4GiB' or a number of MiB, not {text!r}")
-    if isinstance(text, float):
-        if not math.isfinite(text):
-            raise ValueError(f"memory {text!r} is not a finite number of MiB")
-    elif abs(text) >= 2**63:
-        # Of thousands of digits, it could not even be written out.
-        raise ValueError(f"memory of {text.bit_length()} bits, at most {MEMORY_MB_MAX} MiB allowed")
+    if isinstance(text, int):
+        if abs(text) >= 2**63:
+            # Of thousands of digits, it could not even be written out.
+            bits = text.bit_length()
+            raise ValueError(f"memory of {bits} bits, at most {MEMORY_MB_MAX} MiB allowed")
+    elif not math.isfinite(text):
+        raise ValueError(f"memory {text!r} is not a finite number of MiB")
     return _within(math.ceil(text), repr(text))
 
 
