@@ -75,7 +75,7 @@ class Observers:
                 lambda: self._engine.state, source.status, demanded=config.enable_mps is True
             ),
         )
-        add("settings", settings_check(lambda: self._store.failure))
+        add("settings", settings_check(lambda: self._store.failure or self._store.damage))
         add("loop", loop_check(metrics.lag))
         add("http", self._check_http)
 
@@ -168,6 +168,10 @@ class Observers:
             request_counts=lambda: server.request_counts,
             connections_open=lambda: server.connections,
             unsent_bytes=lambda: server.unsent_bytes,
+            subscribers=lambda: server.subscribers,
+            events_lost=lambda: server.events_lost,
+            limits_reached=lambda: server.limits_reached,
+            settings_damaged=lambda: self._store.damage is not None,
             driver_status=source.status,
             telemetry=source.telemetry,
             driver_calls=source.call_stats,

@@ -189,6 +189,12 @@ DAEMON: Mapping[str, EventKind] = {
     "host.settings_unwritable": _kind(
         Level.ERROR, "settings cannot be kept", path=TEXT, error=TEXT
     ),
+    "host.settings_unsynced": _kind(
+        Level.WARNING,
+        "settings are kept, and could be lost with the power: their folder is not synced",
+        path=TEXT,
+        error=TEXT,
+    ),
     "host.users_unknown": _kind(
         Level.WARNING, "the policy names users that this host does not have", users=LIST
     ),
