@@ -16,7 +16,7 @@ from gpuorchd.config import Config
 from gpuorchd.devices.telemetry import CALL_BUCKETS_S, DeviceSource
 from gpuorchd.engine import Engine
 from gpuorchd.host.settings_store import SettingsStore
-from gpuorchd.observe.http import HttpSide, Pages
+from gpuorchd.observe.http import NOT_YET, HttpSide, Pages
 from gpuorchd.observe.log import Log
 from gpuorchd.observe.metrics import Metrics
 from gpuorchd.observe.readiness import (
@@ -137,7 +137,7 @@ class Observers:
     def _check_http(self) -> tuple[bool, str]:
         if not self._config.http_port:
             return True, "no HTTP port is configured"
-        return (False, "not started yet") if self._http is None else self._http.check()
+        return (True, NOT_YET) if self._http is None else self._http.check()
 
     def _pages(self) -> Pages:
         return Pages(
