@@ -12,12 +12,14 @@ from collections.abc import Sequence
 
 from gpuorchd.command_line import read_command_line
 from gpuorchd.config import ConfigError, effective, read_config
+from gpuorchd.host.standard_streams import fill_standard_streams
 from gpuorchd.host.start import EXIT_CANNOT_START, EXIT_USAGE, StartError
 from libclient.version import VERSION
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 cannot start, 2 bad value, 70 bug."""
+    fill_standard_streams()
     asked = read_command_line(sys.argv[1:] if argv is None else argv, VERSION)
     try:
         read = read_config(asked.flags, os.environ)

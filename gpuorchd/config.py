@@ -333,7 +333,13 @@ def _xdg_state_dir(environ: Mapping[str, str]) -> Path:
     # The convention has relative paths ignored.
     if named.is_absolute():
         return named / "gpuorchd"
-    return Path.home() / ".local" / "state" / "gpuorchd"
+    try:
+        return Path.home() / ".local" / "state" / "gpuorchd"
+    except RuntimeError:
+        # The user that it runs as has no entry, as in a container, or under a bare uid.
+        raise ConfigError(
+            "HOME", "", "a folder, or the state folder by --state-dir or GPUORCH_STATE_DIR"
+        ) from None
 
 
 def _check_together(config: Config, sources: Mapping[str, str]) -> None:

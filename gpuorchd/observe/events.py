@@ -226,6 +226,9 @@ OBSERVE: Mapping[str, EventKind] = {
     "log.lost": _kind(
         Level.ERROR, "lines were lost: nobody took the output for too long", count=COUNT
     ),
+    "log.library_failed": _kind(
+        Level.ERROR, "structlog cannot be loaded: lines are plain JSON", error=TEXT
+    ),
     "log.undeclared": _kind(
         Level.WARNING,
         "an event or field that the catalogue does not name",

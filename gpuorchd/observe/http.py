@@ -1,9 +1,9 @@
 """The side HTTP port: read-only pages for Prometheus, probes and dashboards, on this host alone.
 
 `HttpSide` owns the listening socket and says whether the port could be had; a port that is taken
-stops neither the daemon nor a lease, and the answer to `ready` names it. The pages are `http_pages`' and the
-protocol is aiohttp's, which is loaded after the port is bound: the kernel keeps early connections
-meanwhile.
+stops neither the daemon nor a lease, and the answer to `ready` names it. The pages are
+`http_pages`' and the protocol is aiohttp's, which is loaded after the port is bound: the kernel
+keeps early connections meanwhile.
 """
 
 from __future__ import annotations
