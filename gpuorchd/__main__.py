@@ -14,6 +14,7 @@ from gpuorchd.command_line import read_command_line
 from gpuorchd.config import ConfigError
 from gpuorchd.config_reading import Inputs, ReadConfig, effective, read_config
 from gpuorchd.host.env_file import EnvFileError
+from gpuorchd.host.standard_streams import fill_standard_streams
 from gpuorchd.host.start import EXIT_CANNOT_START, EXIT_USAGE, StartError
 from gpuorchd.host.supervisor import Supervisor, meet_supervisor
 from libclient.version import VERSION
@@ -21,6 +22,7 @@ from libclient.version import VERSION
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 cannot start, 2 bad value, 70 bug."""
+    fill_standard_streams()
     supervisor = meet_supervisor(os.environ)
     asked = read_command_line(sys.argv[1:] if argv is None else argv, VERSION)
     inputs = Inputs(asked.flags, dict(os.environ), asked.env_file)

@@ -22,7 +22,9 @@ T = TypeVar("T")
 # Variables that begin so are ours: one that is not in the table is most likely misspelt.
 PREFIXES = ("GPUORCH_", "GPU_ORCHESTRATOR_")
 # Variables that the client library reads, or that `gpuorch run` sets for its command.
-CLIENT_VARIABLES = frozenset({"GPUORCH_AGENT", "GPUORCH_CPU_REASON", "GPUORCH_LEASE_ID"})
+CLIENT_VARIABLES = frozenset(
+    {"GPUORCH_AGENT", "GPUORCH_CPU_REASON", "GPUORCH_LEASE_ID", "GPUORCH_TRACEBACK"}
+)
 VARIABLES = frozenset(row.variable for row in TABLE)
 
 
@@ -110,7 +112,13 @@ def _xdg_state_dir(environ: Mapping[str, str]) -> Path:
     # The convention has relative paths ignored.
     if named.is_absolute():
         return named / "gpuorchd"
-    return Path.home() / ".local" / "state" / "gpuorchd"
+    try:
+        return Path.home() / ".local" / "state" / "gpuorchd"
+    except RuntimeError:
+        # The user that it runs as has no entry, as in a container, or under a bare uid.
+        raise ConfigError(
+            "HOME", "", "a folder, or the state folder by --state-dir or GPUORCH_STATE_DIR"
+        ) from None
 
 
 def _check_together(config: Config, sources: Mapping[str, str]) -> None:

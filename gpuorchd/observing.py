@@ -18,7 +18,7 @@ from gpuorchd.devices.telemetry import CALL_BUCKETS_S, DeviceSource
 from gpuorchd.engine import Engine
 from gpuorchd.host.http_port import HttpPort
 from gpuorchd.host.settings_store import SettingsStore
-from gpuorchd.observe.http import HttpSide, Pages
+from gpuorchd.observe.http import NOT_YET, HttpSide, Pages
 from gpuorchd.observe.log import Log
 from gpuorchd.observe.metrics import Metrics
 from gpuorchd.observe.readiness import (
@@ -82,7 +82,7 @@ class Observers:
                 lambda: self._engine.state, source.status, demanded=config.enable_mps is True
             ),
         )
-        add("settings", settings_check(lambda: self._store.failure))
+        add("settings", settings_check(lambda: self._store.failure or self._store.damage))
         add("config", check_config)
         add("table", check_table)
         add("loop", loop_check(metrics.lag))
@@ -154,7 +154,7 @@ class Observers:
             return False, self._http_port.fault
         if not self._http_port.wanted:
             return True, "no HTTP port is configured"
-        return (False, "not started yet") if self._http is None else self._http.check()
+        return (True, NOT_YET) if self._http is None else self._http.check()
 
     def _pages(self) -> Pages:
         return Pages(
@@ -185,6 +185,10 @@ class Observers:
             request_counts=lambda: server.request_counts,
             connections_open=lambda: server.connections,
             unsent_bytes=lambda: server.unsent_bytes,
+            subscribers=lambda: server.subscribers,
+            events_lost=lambda: server.events_lost,
+            limits_reached=lambda: server.limits_reached,
+            settings_damaged=lambda: self._store.damage is not None,
             driver_status=source.status,
             telemetry=source.telemetry,
             driver_calls=source.call_stats,

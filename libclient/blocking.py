@@ -21,7 +21,7 @@ from libclient.framework import empty_cache
 from libclient.operations import ANSWER_S
 from libclient.policy_cache import cache_for, no_gpu_info
 from libclient.tickets import Subscription
-from libclient.where import socket_path
+from libclient.where import SocketPath, socket_path
 
 # As good as no limit, and small enough for poll, which counts milliseconds in 32 bits.
 FOREVER_S = 2_000_000.0
@@ -233,9 +233,12 @@ class EventStream(Iterator[Event]):
         return self.next()
 
     def next(self, timeout_s: float = FOREVER_S) -> Event:
-        """Return the next event. Raises Unavailable (TIMEOUT) if none comes in time."""
+        """Return the next event. Raises Unavailable (TIMEOUT) if none comes in time.
+
+        A time of more than three weeks is cut to that.
+        """
         operation = operations.next_event(self._exchange.session, self._subscription)
-        return self._exchange.run(operation, monotonic() + timeout_s)
+        return self._exchange.run(operation, monotonic() + min(timeout_s, FOREVER_S))
 
     def close(self) -> None:
         """End the subscription; the connection stays. Idempotent."""
@@ -256,7 +259,7 @@ class EventStream(Iterator[Event]):
         self.close()
 
 
-def connect(socket: str | None = None, *, timeout_s: float = ANSWER_S) -> Client:
+def connect(socket: SocketPath | None = None, *, timeout_s: float = ANSWER_S) -> Client:
     """Connect to the daemon at `socket` (else GPUORCH_SOCKET, else the default path).
 
     Raises Unavailable, with the reason, if that takes longer than `timeout_s` or cannot be.
@@ -268,7 +271,7 @@ def lease(
     agent: str,
     memory: str | float | None = None,
     *,
-    socket: str | None = None,
+    socket: SocketPath | None = None,
     required: bool = False,
     wait_s: float = 0,
     on_event: EventHandler | None = None,
@@ -302,7 +305,7 @@ def lease(
     return held
 
 
-def gpu_info(socket: str | None = None) -> dict[str, Any]:
+def gpu_info(socket: SocketPath | None = None) -> dict[str, Any]:
     """Return what `Client.gpu_info` returns, on a connection of its own, within 2 s in all."""
     start_s = monotonic()
     try:
@@ -312,7 +315,7 @@ def gpu_info(socket: str | None = None) -> dict[str, Any]:
         return no_gpu_info(fault)
 
 
-def get_policy(socket: str | None = None) -> dict[str, Any]:
+def get_policy(socket: SocketPath | None = None) -> dict[str, Any]:
     """Return what `Client.get_policy` returns, within 2 s in all; cached for the whole process."""
     path = socket_path(socket)
     cache = cache_for(path)

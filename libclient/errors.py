@@ -55,6 +55,11 @@ class RequestError(GpuOrchError):
         return f"{self.code}: {self.message}{where}"
 
 
+def may_pass(fault: Unavailable | RequestError) -> bool:
+    """Whether asking again may succeed: no daemon yet, one that stops, a bound that is reached."""
+    return not isinstance(fault, RequestError) or fault.retryable
+
+
 class NotGranted(GpuOrchError):
     """A lease that was `required` was not granted. `reason` and `detail` are the lease's."""
 

@@ -37,6 +37,8 @@ _DURATION = re.compile(
     re.ASCII,
 )
 _NUMBER = re.compile(r"\s*\d+(?:\.\d+)?\s*", re.ASCII)
+# More digits than anything that is allowed has; of thousands, Python would refuse to make a number.
+_CHARS_MAX = 100
 
 
 def parse_memory(text: str | float) -> int:
@@ -49,18 +51,23 @@ def parse_memory(text: str | float) -> int:
         return _memory_of_text(text)
     if isinstance(text, bool) or not isinstance(text, int | float):
         raise TypeError(f"memory has to be a size such as '4GiB' or a number of MiB, not {text!r}")
-    if not math.isfinite(text):
+    if isinstance(text, int):
+        if abs(text) >= 2**63:
+            # Of thousands of digits, it could not even be written out.
+            bits = text.bit_length()
+            raise ValueError(f"memory of {bits} bits, at most {MEMORY_MB_MAX} MiB allowed")
+    elif not math.isfinite(text):
         raise ValueError(f"memory {text!r} is not a finite number of MiB")
     return _within(math.ceil(text), repr(text))
 
 
 @lru_cache(maxsize=256)
 def _memory_of_text(text: str) -> int:
-    match = _MEMORY.fullmatch(text)
+    match = _MEMORY.fullmatch(text) if len(text) <= _CHARS_MAX else None
     unit = None if match is None else _UNIT_BYTES.get(match[2].lower())
     if match is None or unit is None:
         raise ValueError(
-            f"memory {text!r} is not a size: write 4GiB, 512MiB, 4GB, or a number of MiB"
+            f"memory {text!r:.80} is not a size: write 4GiB, 512MiB, 4GB, or a number of MiB"
         )
     whole, _, part = match[1].partition(".")
     # In whole numbers, so that 4.7GB does not gain a MiB from binary fractions.
@@ -93,19 +100,24 @@ def parse_duration(text: str | float) -> float:
     another type.
     """
     if isinstance(text, str):
-        if _NUMBER.fullmatch(text):
+        short = len(text) <= _CHARS_MAX
+        if short and _NUMBER.fullmatch(text):
             return float(text)
-        match = _DURATION.fullmatch(text)
+        match = _DURATION.fullmatch(text) if short else None
         if match is None or not any(match.groupdict().values()):
             raise ValueError(
-                f"duration {text!r} is not one: write 10s, 5m, 1h30m, or a number of seconds"
+                f"duration {text!r:.80} is not one: write 10s, 5m, 1h30m, or a number of seconds"
             )
         return float(sum(float(n) * _PART_S[part] for part, n in match.groupdict("0").items()))
     if isinstance(text, bool) or not isinstance(text, int | float):
         raise TypeError(f"a duration is written '5m' or as a number of seconds, not {text!r}")
-    if not math.isfinite(text) or text < 0:
-        raise ValueError(f"duration {text!r} is not a finite number of seconds from 0 on")
-    return float(text)
+    try:
+        seconds = float(text)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"duration {seconds!r} is not a finite number of seconds from 0 on")
+    return seconds
 
 
 def format_duration(seconds: float | None) -> str:

@@ -14,10 +14,15 @@ from libclient.wire.vocabulary import DEFAULT_SOCKET, SOCKET_VARIABLE
 CONNECT_RETRY_S = 0.001
 CONNECT_RETRY_MAX_S = 0.05
 
+# How a caller may name the socket.
+SocketPath = str | os.PathLike[str]
 
-def socket_path(given: str | None = None) -> str:
+
+def socket_path(given: SocketPath | None = None) -> str:
     """Return the path to connect to: the one given, else GPUORCH_SOCKET, else the default."""
-    return given or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
+    if given:
+        return os.fspath(given)
+    return os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
 
 
 def new_socket() -> socket.socket:

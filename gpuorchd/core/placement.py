@@ -185,7 +185,7 @@ def _examine(
 ) -> Offer | Obstacle:
     capacity_mb = device.capacity_mb
     if capacity_mb < want.memory_mb:
-        detail = f"{want.memory_mb} MiB asked, the whole GPU has {capacity_mb}"
+        detail = f"{want.memory_mb} MiB asked, the whole GPU has {capacity_mb} MiB"
         return Obstacle(device, Note.INSUFFICIENT_MEMORY, detail, never=True)
     charge_mb = capacity_mb if want.exclusive else want.memory_mb
     if want.cap_mb:
@@ -217,13 +217,13 @@ def _examine(
 
 def _over_cap(device: Device, want: Want, charge_mb: int) -> Obstacle | None:
     if charge_mb > want.cap_mb:
-        detail = f"{charge_mb} MiB asked, agent {want.agent!r} may have {want.cap_mb} on a GPU"
+        detail = f"{charge_mb} MiB asked, agent {want.agent!r} may have {want.cap_mb} MiB on a GPU"
         return Obstacle(device, Note.QUOTA, detail, never=True)
     held_mb = device.charges.get(want.agent, 0)
     if held_mb + charge_mb > want.cap_mb:
         detail = (
-            f"{charge_mb} MiB asked and {held_mb} held,"
-            f" agent {want.agent!r} may have {want.cap_mb} on a GPU"
+            f"{charge_mb} MiB asked and {held_mb} MiB held,"
+            f" agent {want.agent!r} may have {want.cap_mb} MiB on a GPU"
         )
         return Obstacle(device, Note.QUOTA, detail)
     return None
@@ -249,25 +249,26 @@ def _not_whole(state: State, device: Device, want: Want) -> str | None:
     reusable_mb = 0 if simulated else own.draining_mb
     others_mb = device.claim_mb + device.draining_mb - reusable_mb
     if others_mb:
-        return f"wanted whole, {device.claim_mb} MiB leased and {device.draining_mb} draining"
+        return f"wanted whole, {device.claim_mb} MiB leased and {device.draining_mb} MiB draining"
     limit_mb = state.policy.exclusive_stray_mb
     strays_mb = ledger.strays_mb(state, device, want.process)
     if strays_mb is None:
         return "wanted whole, a process outside the system uses memory nobody can tell"
     if strays_mb > limit_mb:
         return (
-            f"wanted whole, processes outside the system use {strays_mb} MiB (allowed {limit_mb})"
+            f"wanted whole, processes outside the system use {strays_mb} MiB"
+            f" (allowed {limit_mb} MiB)"
         )
     return None
 
 
 def _short(device: Device, want: Want, room: ledger.Room) -> str:
-    parts = [f"{want.memory_mb} MiB asked, {room.mb} to be had of {device.capacity_mb}"]
-    parts.append(f"{device.claim_mb} leased")
+    parts = [f"{want.memory_mb} MiB asked, {room.mb} MiB to be had of {device.capacity_mb} MiB"]
+    parts.append(f"{device.claim_mb} MiB leased")
     if device.draining_mb:
-        parts.append(f"{device.draining_mb} draining")
+        parts.append(f"{device.draining_mb} MiB draining")
     if room.driver_mb < room.ledger_mb:
-        parts.append(f"{ledger.unleased_mb(device)} used outside leases")
+        parts.append(f"{ledger.unleased_mb(device)} MiB used outside leases")
     return ", ".join(parts)
 
 

@@ -48,11 +48,15 @@ class Lifecycle:
         self._reload = reload
 
     def set_deadline(self, before_exit: Callable[[], None]) -> None:
-        """End the process in `STOP_DEADLINE_S` at the latest, after a call of `before_exit`."""
+        """End the process if the loop still runs in `STOP_DEADLINE_S`, whatever hangs.
+
+        Only then is `before_exit` called, as the last thing; a stop that is done in time ends
+        without it. `uninstall` calls the deadline off.
+        """
         self._deadline = self._loop.call_later(STOP_DEADLINE_S, self._on_deadline, before_exit)
 
     def uninstall(self) -> None:
-        """Give the signals back. The deadline ends with the loop."""
+        """Give the signals back and call the deadline off."""
         if self._deadline is not None:
             self._deadline.cancel()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -46,6 +46,11 @@ def hold_lock(path: Path, guarded: Path) -> HeldLock:
         raise StartError(
             f"another daemon (pid {owner}) has {guarded}: it holds the lock {path}"
         ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        # A full disk, most likely: settings could not be kept there either.
+        os.close(fd)
+        raise StartError(f"cannot write the lock file {path}: {error.strerror}") from None
     return HeldLock(fd)

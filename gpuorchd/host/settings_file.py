@@ -8,9 +8,12 @@ Owns the format, the atomic write and the way back. One JSON file in the state f
     safe_mode_run_time   SAFE_MODE as somebody set it at run time, null where nobody did
     safe_mode_env        SAFE_MODE as the last start's environment had it, null where it had none
     boot_id              the boot in which that start was
+    damage               what became of the settings before these, where they could not be read;
+                         absent once the policy has been changed
 
 A file that cannot be read back whole is renamed and kept, never deleted and never overwritten:
-somebody's policy is in it.
+somebody's policy is in it. Defaults stand in its place, with one exception: SAFE_MODE stays on
+where what is left of the file still says so, for turning it off would let agents at the GPUs.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +35,8 @@ VERSION = 1
 FILE_NAME = "settings.json"
 # The uid that the kernel gives to nobody: an entry for a user that is gone matches no peer.
 NO_UID = 2**32 - 1
+# What tells of SAFE_MODE in a file that is no longer whole.
+_TELLING = re.compile(rb'"(safe_mode\w*|boot_id)"\s*:\s*(true|false|null|"[^"\\]*")')
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -38,6 +44,7 @@ class KeptSettings(NamedTuple):
     """Settings as they are to be in force from this start on.
 
     `set_aside` is where an unreadable file went, with `damage` saying what was wrong with it.
+    `unrepaired` is what an earlier start said about such a file, while nobody changed the policy.
     `unknown_users` are names in the policy that this host does not know; they match nobody.
     """
 
@@ -48,6 +55,7 @@ class KeptSettings(NamedTuple):
     safe_mode_run_time: bool | None = None
     set_aside: Path | None = None
     damage: str | None = None
+    unrepaired: str | None = None
     unknown_users: tuple[str, ...] = ()
 
 
@@ -70,7 +78,8 @@ def load_settings(path: Path, safe_mode_env: bool | None, boot: str) -> KeptSett
     try:
         return _read(_document(text), safe_mode_env, boot)
     except _Damaged as damage:
-        return _set_aside(path, str(damage), safe_mode_env)
+        stays_on = _still_says_safe_mode(text, safe_mode_env, boot)
+        return _set_aside(path, str(damage), safe_mode_env, stays_on)
 
 
 def encode_settings(
@@ -79,6 +88,7 @@ def encode_settings(
     safe_mode_run_time: bool | None,
     safe_mode_env: bool | None,
     boot: str,
+    damage: str | None = None,
 ) -> bytes:
     """Make the file's bytes of the core's document and what this start saw."""
     whole = {
@@ -87,14 +97,18 @@ def encode_settings(
         "safe_mode_run_time": safe_mode_run_time,
         "safe_mode_env": safe_mode_env,
         "boot_id": boot,
+        **({} if damage is None else {"damage": damage}),
     }
     return json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> OSError | None:
     """Replace `path` with `data` so that after a crash it holds the old or the new, whole.
 
-    Raises `OSError`; the old file then stands. Blocks until the disk has it.
+    Blocks until the disk has it. Raises `OSError`; the old file then stands. Once the new file
+    stands in its place nothing is raised any more, so that nobody is told of a failure whose change
+    is there at the next start: what kept the folder from being synced is returned. The change may
+    then be lost with the power, and with nothing less.
     """
     new = path.with_name(path.name + ".new")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -107,12 +121,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError:
         new.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Without this the rename itself may be lost with the power.
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # Without this the rename itself may be lost with the power.
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as fault:
+        return fault
+    return None
 
 
 def boot_id() -> str:
@@ -176,6 +194,7 @@ def _read(document: Mapping[str, Any], safe_mode_env: bool | None, boot: str) ->
         safe_mode=bool(safe_mode_env) if run_time is None else run_time,
         cordons=cordons,
         safe_mode_run_time=run_time,
+        unrepaired=document["damage"] if isinstance(document.get("damage"), str) else None,
         unknown_users=unknown,
     )
 
@@ -187,7 +206,21 @@ def _field(document: Mapping[str, Any], name: str, *kinds: type) -> Any:  # chec
     return value
 
 
-def _set_aside(path: Path, damage: str, safe_mode_env: bool | None) -> KeptSettings:
+def _still_says_safe_mode(text: bytes, safe_mode_env: bool | None, boot: str) -> bool:
+    """Whether SAFE_MODE was on, as far as a damaged file tells, and the environment lets it be."""
+    found = dict(_TELLING.findall(text))
+    was_on = b"true" in (found.get(b"safe_mode"), found.get(b"safe_mode_run_time"))
+    if safe_mode_env is not False:
+        return was_on
+    # The environment says off, and wins as in `_read`; what is not told counts for what is safe.
+    own_boot = b'"%b"' % boot.encode()
+    cold = found.get(b"boot_id", own_boot) != own_boot
+    return was_on and not cold and found.get(b"safe_mode_env", b"false") == b"false"
+
+
+def _set_aside(
+    path: Path, damage: str, safe_mode_env: bool | None, stays_on: bool = False
+) -> KeptSettings:
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     aside = path.with_name(f"{path.name}.damaged-{stamp}")
     number = 1
@@ -200,4 +233,9 @@ def _set_aside(path: Path, damage: str, safe_mode_env: bool | None) -> KeptSetti
         raise StartError(
             f"the settings file {path} {damage}, and it cannot be set aside: {error.strerror}"
         ) from None
-    return KeptSettings(safe_mode=bool(safe_mode_env), set_aside=aside, damage=damage)
+    return KeptSettings(
+        safe_mode=stays_on or bool(safe_mode_env),
+        safe_mode_run_time=True if stays_on else None,
+        set_aside=aside,
+        damage=damage,
+    )

@@ -36,8 +36,20 @@ class _SafeMode(NamedTuple):
     run_time: bool | None
 
 
+class _Write(NamedTuple):
+    """One document on its way to the disk. `changes_policy`: it is not the one of the start."""
+
+    safe_mode: _SafeMode
+    data: bytes
+    changes_policy: bool
+
+
 class SettingsStore:
-    """The state folder while the daemon runs. `failure`: why the newest write failed, if it did."""
+    """The state folder while the daemon runs.
+
+    `failure`: why the newest write failed, if it did. `damage`: what became of settings that could
+    not be read at the start, until the policy has been changed: it is not what anybody wanted.
+    """
 
     def __init__(self, folder: Path, safe_mode_env: bool | None, report: Report) -> None:
         self._path = folder / FILE_NAME
@@ -48,9 +60,11 @@ class SettingsStore:
         # As on disk, and as in the newest document, which counts only once it is there.
         self._safe_mode = self._asked = _SafeMode(False, None)
         self._worker: ThreadPoolExecutor | None = None
-        self._writing: asyncio.Future[None] | None = None
-        self._next: tuple[_SafeMode, bytes] | None = None
+        self._writing: asyncio.Future[OSError | None] | None = None
+        self._next: _Write | None = None
         self.failure: str | None = None
+        self.damage: str | None = None
+        self._first_revision = 0
 
     def open(self) -> KeptSettings:
         """Take the folder, read what was kept, record what this start sees.
@@ -65,7 +79,13 @@ class SettingsStore:
             raise StartError(f"cannot make the state folder {folder}: {error.strerror}") from None
         self._lock = hold_lock(folder / "lock", folder)
         kept = load_settings(self._path, self._safe_mode_env, self._boot)
+        self._first_revision = kept.revision
+        self.damage = kept.unrepaired
         if kept.set_aside is not None:
+            self.damage = (
+                f"{self._path} {kept.damage}; it was set aside as {kept.set_aside}, and defaults "
+                "are in force until the policy is set"
+            )
             self._report(
                 "host.settings_set_aside",
                 path=str(self._path),
@@ -82,9 +102,13 @@ class SettingsStore:
             "cordons": dict(kept.cordons),
         }
         try:
-            write_atomically(self._path, self._encode(first, self._safe_mode))
+            unsynced = write_atomically(
+                self._path, self._encode(first, self._safe_mode, self.damage)
+            )
         except OSError as error:
             self._failed(error)
+        else:
+            self._warn_unsynced(unsynced)
         return kept
 
     def persist(self, effect: PersistSettings, submit: Callable[[SettingsPersisted], None]) -> None:
@@ -93,7 +117,10 @@ class SettingsStore:
         if on != self._asked.on:
             self._asked = _SafeMode(on, on)
         # Made now: the document may show the core's own maps, which change with the next event.
-        self._next = (self._asked, self._encode(effect.document, self._asked))
+        changes_policy = effect.document["revision"] != self._first_revision
+        damage = None if changes_policy else self.damage
+        data = self._encode(effect.document, self._asked, damage)
+        self._next = _Write(self._asked, data, changes_policy)
         if self._writing is None:
             self._write_next(submit)
 
@@ -114,23 +141,26 @@ class SettingsStore:
 
     def _write_next(self, submit: Callable[[SettingsPersisted], None]) -> None:
         assert self._next is not None, "a write was started with nothing to write"
-        (safe_mode, data), self._next = self._next, None
+        write, self._next = self._next, None
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="settings")
         loop = asyncio.get_running_loop()
-        self._writing = loop.run_in_executor(self._worker, write_atomically, self._path, data)
-        self._writing.add_done_callback(lambda written: self._written(written, safe_mode, submit))
+        self._writing = loop.run_in_executor(self._worker, write_atomically, self._path, write.data)
+        self._writing.add_done_callback(lambda written: self._written(written, write, submit))
 
     def _written(
         self,
-        written: asyncio.Future[None],
-        safe_mode: _SafeMode,
+        written: asyncio.Future[OSError | None],
+        write: _Write,
         submit: Callable[[SettingsPersisted], None],
     ) -> None:
         self._writing = None
         error = written.exception()
         if error is None:
-            self._safe_mode = safe_mode
+            self._safe_mode = write.safe_mode
+            self._warn_unsynced(written.result())
+            if write.changes_policy:
+                self.damage = None
         if self._next is not None:
             self._write_next(submit)
             return
@@ -148,10 +178,17 @@ class SettingsStore:
         self._report("host.settings_unwritable", path=str(self._path), error=error.strerror)
         return self.failure
 
-    def _encode(self, document: Mapping[str, object], safe_mode: _SafeMode) -> bytes:
+    def _warn_unsynced(self, fault: OSError | None) -> None:
+        if fault is not None:
+            self._report("host.settings_unsynced", path=str(self._path), error=fault.strerror)
+
+    def _encode(
+        self, document: Mapping[str, object], safe_mode: _SafeMode, damage: str | None
+    ) -> bytes:
         return encode_settings(
             document,
             safe_mode_run_time=safe_mode.run_time,
             safe_mode_env=self._safe_mode_env,
             boot=self._boot,
+            damage=damage,
         )

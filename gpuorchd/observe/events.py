@@ -236,6 +236,12 @@ DAEMON: Mapping[str, EventKind] = {
     "host.settings_unwritable": _kind(
         Level.ERROR, "settings cannot be kept", path=TEXT, error=TEXT
     ),
+    "host.settings_unsynced": _kind(
+        Level.WARNING,
+        "settings are kept, and could be lost with the power: their folder is not synced",
+        path=TEXT,
+        error=TEXT,
+    ),
     "host.users_unknown": _kind(
         Level.WARNING, "the policy names users that this host does not have", users=LIST
     ),
@@ -266,6 +272,9 @@ OBSERVE: Mapping[str, EventKind] = {
     ),
     "log.lost": _kind(
         Level.ERROR, "lines were lost: nobody took the output for too long", count=COUNT
+    ),
+    "log.library_failed": _kind(
+        Level.ERROR, "structlog cannot be loaded: lines are plain JSON", error=TEXT
     ),
     "log.undeclared": _kind(
         Level.WARNING,

@@ -104,6 +104,8 @@ class Families:
         yield _single(table.UPTIME, (self._engine.now_ns() - counts.started_ns) / NS_PER_S)
         yield _single(table.SAFE_MODE, int(state.safe_mode))
         yield _single(table.POLICY_REVISION, state.revision)
+        if self._sources.settings_damaged is not None:
+            yield _single(table.SETTINGS_DAMAGED, int(self._sources.settings_damaged()))
         yield _own_histogram(table.LOOP_LAG, counts.lag)
 
     def leases(self) -> Iterator[Family]:
@@ -112,7 +114,7 @@ class Families:
         yield _single(table.ACTIVE_LEASES, state.live_leases)
         yield _labelled(table.LEASES, survey.by_state)
         agents = self._counts.agents
-        shown = agents.assign(survey.leased_mb_by_agent)
+        shown = agents.assign(survey.leased_mb_by_agent, self._engine.now_ns())
         leased: Counter[str] = Counter(dict.fromkeys(agents.names(), 0))
         for agent, memory_mb in survey.leased_mb_by_agent.items():
             leased[shown[agent]] += memory_mb * BYTES_PER_MIB
@@ -127,7 +129,8 @@ class Families:
         if read is None:
             return
         answered: Counter[tuple[str, str]] = Counter()
-        releases: Counter[str] = Counter()
+        # There from the start: what appears only with its first count has no rate before it.
+        releases: Counter[str] = Counter({"ok": 0})
         for (op, outcome), count in read().items():
             answered[op if op in OPS else "unknown", outcome] += count
             if op == "release":

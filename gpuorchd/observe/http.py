@@ -1,9 +1,9 @@
 """The side HTTP port: read-only pages for Prometheus, probes and dashboards, on this host alone.
 
 `HttpSide` owns the listening socket and says whether the port could be had; a port that is taken
-stops neither the daemon nor a lease, and readiness names it. The pages are `http_pages`' and the
-protocol is aiohttp's, which is loaded after the port is bound: the kernel keeps early connections
-meanwhile.
+stops neither the daemon nor a lease, and the answer to `ready` names it. The pages are
+`http_pages`' and the protocol is aiohttp's, which is loaded after the port is bound: the kernel
+keeps early connections meanwhile.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ ADDRESS = "127.0.0.1"
 # Scrapers and dashboards of one host are a handful; beyond this nobody is served, at once.
 CONNECTIONS_MAX = 64
 BACKLOG = 128
+NOT_YET = "not served yet; leases are"
 
 
 class AllocationsView(Protocol):
@@ -98,14 +99,17 @@ class HttpSide:
         return host, port
 
     def check(self) -> tuple[bool, str]:
-        """Say for readiness whether the port answers."""
+        """Say for `ready` whether the port answers. It is told, and no reason not to be ready.
+
+        Ready means that requests get right answers, and they are asked on the Unix socket.
+        """
         if self.failure is not None:
-            return False, self.failure
+            return True, f"not served: {self.failure}; leases are"
         if not self._wanted:
             return True, "no HTTP port is configured"
         address = self.address
         if address is None:
-            return False, "not started yet"
+            return True, NOT_YET
         return True, f"{address[0]}:{address[1]}"
 
     async def start(self) -> None:

@@ -26,6 +26,8 @@ LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 # Allocations made before the loop gets its turn.
 SLICE_ALLOCATIONS = 50
 PAGE_DEFAULT = 100
+# What may be asked behind `?`; nothing is dropped in silence.
+QUERY_FIELDS: Mapping[str, tuple[str, ...]] = {"/allocations": ("after", "limit")}
 
 
 class Asked(NamedTuple):
@@ -108,6 +110,11 @@ class Answers:
         if asked.path not in self._routes:
             message = f"no such page; there are {', '.join(self._routes)}"
             raise _Refused(error_page(404, NOT_FOUND, message))
+        allowed = QUERY_FIELDS.get(asked.path, ())
+        unknown = sorted(set(asked.query) - set(allowed))
+        if unknown:
+            message = f"unknown field {unknown[0][:100]!r}; allowed: {', '.join(allowed) or 'none'}"
+            raise _Refused(error_page(400, BAD_REQUEST, message))
 
     async def _index(self, query: Mapping[str, str]) -> Page:
         lines = ["gpuorchd: GPU memory leases of this host, read-only", ""]
@@ -132,13 +139,6 @@ class Answers:
         return json_page(200, self._pages.policy())
 
     async def _allocations(self, query: Mapping[str, str]) -> Page:
-        unknown = sorted(set(query) - {"after", "limit"})
-        if unknown:
-            raise _Refused(
-                error_page(
-                    400, BAD_REQUEST, f"unknown field {unknown[0][:100]!r}; allowed: after, limit"
-                )
-            )
         left = _limit(query.get("limit"))
         after = query.get("after") or None
         parts: list[bytes] = []

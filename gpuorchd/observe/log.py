@@ -26,6 +26,7 @@ from gpuorchd.observe.log_output import Output
 
 if TYPE_CHECKING:
     from gpuorchd.observe.log_lines import Lines
+    from gpuorchd.observe.log_plain import PlainLines
     from gpuorchd.observe.sources import ObservedEngine
 
 # Lines a second of one chatty event: enough to follow a dozen agents, too little to cost anything
@@ -66,7 +67,9 @@ class Log:
         self._queue: deque[tuple[float, int, str, Mapping[str, Any]]] = deque()
         self._engine: ObservedEngine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._lines: Lines | None = None
+        self._lines: Lines | PlainLines | None = None
+        # Why the lines are plain ones, while that has not been said.
+        self._load_failure: str | None = None
         self._loader: threading.Thread | None = None
         self._next: asyncio.Handle | None = None
         self._window: asyncio.TimerHandle | None = None
@@ -121,6 +124,7 @@ class Log:
         self._close_window()
         if self._queue:
             lines = self._lines = self._lines or self._load()
+            self._tell_load_failure()
             while self._queue and not self._output.broken:
                 self._write_one(lines)
         self._output.flush(CLOSE_S)
@@ -182,7 +186,7 @@ class Log:
         if self._queue:
             self._schedule(0)
 
-    def _write_one(self, lines: Lines) -> None:
+    def _write_one(self, lines: Lines | PlainLines) -> None:
         time_s, cause_id, name, given = self._queue.popleft()
         kind = CATALOGUE.get(name, UNDECLARED)
         fields = {field: given[field] for field in kind.fields if field in given}
@@ -197,10 +201,22 @@ class Log:
             self._undeclared.add(name)
             self._take("log.undeclared", {"kind": name, "fields": fields})
 
-    def _load(self) -> Lines:
-        module = importlib.import_module("gpuorchd.observe.log_lines")
+    def _load(self) -> Lines | PlainLines:
+        try:
+            module = importlib.import_module("gpuorchd.observe.log_lines")
+        except Exception as error:
+            # Whatever is wrong with the library: what happens is to be read all the same.
+            from gpuorchd.observe.log_plain import PlainLines
+
+            self._load_failure = f"{type(error).__name__}: {error}"
+            return PlainLines(self._form)
         lines: Lines = module.Lines(self._form, colours=os.isatty(self._fd))
         return lines
+
+    def _tell_load_failure(self) -> None:
+        failure, self._load_failure = self._load_failure, None
+        if failure is not None:
+            self._take("log.library_failed", {"error": failure})
 
     def _load_aside(self) -> None:
         """Import structlog in a thread: on the loop it would hold up every lease meanwhile."""
@@ -224,6 +240,7 @@ class Log:
         if self._loader is not None:
             self._loader.join()
             self._loader = None
+        self._tell_load_failure()
         if self._loop is not None:
             self._schedule(0)
 

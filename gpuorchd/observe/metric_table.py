@@ -41,6 +41,11 @@ GPU = ("index", "uuid")
 UPTIME = _spec("uptime_seconds", "gauge", "Time since the daemon started")
 SAFE_MODE = _spec("safe_mode", "gauge", "1 while SAFE_MODE is on")
 POLICY_REVISION = _spec("policy_revision", "gauge", "Revision of the policy in force")
+SETTINGS_DAMAGED = _spec(
+    "settings_damaged",
+    "gauge",
+    "1 while defaults stand for settings that could not be read, until the policy is set",
+)
 ACTIVE_LEASES = _spec("active_leases", "gauge", "Live leases, draining ones not counted")
 LEASES = _spec("leases", "gauge", "Leases by state, those that still keep bytes included", "state")
 AGENT_LEASED = _spec(

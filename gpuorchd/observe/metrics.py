@@ -27,8 +27,9 @@ from libclient.wire.vocabulary import EVENTS
 
 # Samples made into text before the loop gets its turn: about half a millisecond.
 SLICE_SAMPLES = 50
-# Agents with a series of their own.
+# Agents with a series of their own, and for how long one that holds nothing keeps it.
 AGENT_NAMES = 64
+AGENT_IDLE_NS = 6 * 3_600 * NS_PER_S
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 OUTCOME_OF = {Note.TIMEOUT: "timeout", Note.CANCELLED: "cancelled"}
@@ -60,7 +61,7 @@ class Counts:
         self.grant = Histogram(table.GRANT_BOUNDS_S)
         self.drain = Histogram(table.DRAIN_BOUNDS_S)
         self.lag = Histogram(table.LAG_BOUNDS_S)
-        self.agents = BoundedNames(AGENT_NAMES)
+        self.agents = BoundedNames(AGENT_NAMES, AGENT_IDLE_NS)
 
     def lease_outcomes(self) -> dict[str, int]:
         """Lease requests by how they were decided."""
@@ -88,7 +89,9 @@ class Metrics:
         engine.on(Announce, self._on_announce)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to probe the loop's lag."""
+        """Begin to probe the loop's lag. Call it once, when the daemon answers."""
+        # Nobody was there to be told of it: it is an event of the daemon's all the same.
+        self.counts.events["daemon.started"] += 1
         self.lag.start(loop)
 
     async def stop(self) -> None:

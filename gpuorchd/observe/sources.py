@@ -97,6 +97,8 @@ class Sources:
     events_lost: Callable[[], int] | None = None
     # How often each bound was met, by its name.
     limits_reached: Callable[[], Mapping[str, int]] | None = None
+    # Whether settings that could not be read were replaced by defaults.
+    settings_damaged: Callable[[], bool] | None = None
     driver_status: Callable[[], DriverStatus] | None = None
     telemetry: Callable[[], Mapping[Any, GpuTelemetry]] | None = None
     driver_calls: Callable[[], Mapping[str, CallStats]] | None = None

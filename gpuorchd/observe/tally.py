@@ -33,43 +33,40 @@ class Histogram:
 class BoundedNames:
     """Give a bounded number of names a place of their own; all others share `other`.
 
-    A name gets a place when it first comes while one is free, and keeps it while it is live. A
-    place whose name is no longer live goes to a new name only when there is no free one, the
-    longest unused first. So a roster keeps its series through restarts of its agents, and a flood
-    of made-up names ends up in `other`.
+    A name gets a place when it first comes while one is free, and keeps it. It loses it only when
+    it has not been live for `idle_ns`: then it is shown no more, and its place is free. So a roster
+    keeps its series through restarts of its agents, a flood of made-up names ends up in `other`,
+    and the names that are shown over a day stay few as well.
     """
 
     OTHER = "other"
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, idle_ns: int) -> None:
         self._places = places
-        # In order of last use: an idle name moves to the front by standing still.
-        self._names: dict[str, None] = {}
+        self._idle_ns = idle_ns
+        # When each name was live last.
+        self._live_ns: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._live_ns)
 
-    def assign(self, live: Iterable[str]) -> Mapping[str, str]:
+    def assign(self, live: Iterable[str], now_ns: int) -> Mapping[str, str]:
         """Map every live name to the one that it is shown under."""
         wanted = dict.fromkeys(live)
-        for name in wanted:
-            if name in self._names:
-                # Moved to the end: what stays at the front is idle.
-                del self._names[name]
-                self._names[name] = None
-        idle = [name for name in self._names if name not in wanted]
+        for name in self._live_ns.keys() & wanted.keys():
+            self._live_ns[name] = now_ns
+        for name in [n for n, at in self._live_ns.items() if now_ns - at > self._idle_ns]:
+            del self._live_ns[name]
         shown: dict[str, str] = {}
         for name in wanted:
-            if name not in self._names:
-                if len(self._names) >= self._places:
-                    if not idle:
-                        shown[name] = self.OTHER
-                        continue
-                    del self._names[idle.pop(0)]
-                self._names[name] = None
+            if name not in self._live_ns:
+                if len(self._live_ns) >= self._places:
+                    shown[name] = self.OTHER
+                    continue
+                self._live_ns[name] = now_ns
             shown[name] = name
         return shown
 
     def names(self) -> list[str]:
         """The names that have a place, live or not."""
-        return list(self._names)
+        return list(self._live_ns)

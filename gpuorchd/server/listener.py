@@ -17,6 +17,7 @@ from typing import Final
 from gpuorchd.core.model import ConnectionId
 from gpuorchd.core.state import State
 from gpuorchd.engine import Engine
+from gpuorchd.server.bounds import UNTOLD
 from gpuorchd.server.connection import Connection
 from gpuorchd.server.credentials import Credentials, credentials_of
 from gpuorchd.server.services import Options, Services
@@ -67,6 +68,21 @@ class Server:
     def unsent_bytes(self) -> int:
         """Bytes of replies and events that kernels do not take, over all connections."""
         return self._board.unsent.total_bytes
+
+    @property
+    def subscribers(self) -> int:
+        """Subscriptions to events, over all connections."""
+        return self._board.subscriptions.count
+
+    @property
+    def events_lost(self) -> int:
+        """Events that subscribers were told to have lost, since the start."""
+        return self._board.subscriptions.lost_total
+
+    @property
+    def limits_reached(self) -> Mapping[str, int]:
+        """How often each bound was met since the start, by its name."""
+        return self._board.limits.by_bound
 
     def resume(
         self, stored: Mapping[ConnectionId, socket.socket], state: State, first_number: int
@@ -160,6 +176,7 @@ class Server:
         refusal = self._over_bound(credentials)
         if refusal is not None and self._refused >= self._options.refused_connections:
             sock.close()
+            self._board.limits.add_bound(UNTOLD)
             return
         number = ConnectionId(self._next_number)
         self._next_number += 1

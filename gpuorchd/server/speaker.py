@@ -117,6 +117,7 @@ class Speaker:
         message = replies.error(fault.request_id, fault.code, fault.message, fault.field)
         self.send(self.encode(message))
         self.board.count(fault.op or "unknown", fault.code)
+        self.board.limits.add(fault)
         if fault.code in words.CLOSING:
             self.close_after_reply()
 

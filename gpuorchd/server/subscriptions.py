@@ -92,7 +92,14 @@ class Subscriptions:
         self._due = 0
         # Whether there is any subscription at all.
         self.any = False
+        # Events dropped and told as `events.lost`, over all subscriptions and since the start.
+        self.lost_total = 0
         self._pump: asyncio.Handle | None = None
+
+    @property
+    def count(self) -> int:
+        """How many subscriptions there are."""
+        return len(self._round)
 
     def add(self, listener: Listener, number: int, wanted: frozenset[int]) -> Subscription:
         """Subscribe a connection to the events at `wanted`, from the next one on."""
@@ -209,6 +216,7 @@ class Subscriptions:
         subscription.seen = self._first - 1
         if not lost:
             return False
+        self.lost_total += lost
         self._tell(subscription, EventBody(EVENTS_LOST, {"count": lost}, self._unix_s()))
         return True
 

@@ -30,6 +30,7 @@ from gpuorchd.core.events import Event
 from gpuorchd.core.model import NS_PER_S, ConnectionId, RequestId
 from gpuorchd.engine import Engine
 from gpuorchd.server import replies
+from gpuorchd.server.bounds import LimitCounts
 from gpuorchd.server.faults import Fault
 from gpuorchd.server.outbox import Unsent
 from gpuorchd.server.services import Options, Services
@@ -72,6 +73,7 @@ class Switchboard:
         self.connections: dict[ConnectionId, Connection] = {}
         # Requests by op and outcome: `ok`, `granted`, the note of a denial, or the error's code.
         self.request_counts: dict[tuple[str, str], int] = {}
+        self.limits = LimitCounts()
         # Connections with something to send at the end of this turn.
         self.dirty: list[Speaker] = []
         # The connection whose requests are being taken right now.

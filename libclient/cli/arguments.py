@@ -36,11 +36,16 @@ def _duration(most_s: float) -> Callable[[str], float]:
     return _kind(parse)
 
 
-def _positive(text: str) -> float:
-    seconds = sizes.parse_duration(text)
-    if seconds <= 0:
-        raise ValueError(f"duration {text!r} is not above 0")
-    return seconds
+def _positive(most_s: float) -> Callable[[str], float]:
+    within = _duration(most_s)
+
+    def parse(text: str) -> float:
+        seconds = within(text)
+        if seconds <= 0:
+            raise ValueError(f"duration {text!r} is not above 0")
+        return seconds
+
+    return _kind(parse)
 
 
 def _count(text: str) -> int:
@@ -51,15 +56,15 @@ def _count(text: str) -> int:
 
 def _number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < len(text) <= 18:
-        raise ValueError(f"{text!r} is not a whole number")
+        raise ValueError(f"{text!r:.80} is not a whole number of at most 18 digits")
     return int(text)
 
 
 def _gpu(text: str) -> str | int:
-    """Read a GPU: an index, or the beginning of anything else is a uuid."""
-    if not text:
-        raise ValueError("a GPU is an index such as 0, or a uuid")
-    return int(text) if text.isascii() and text.isdigit() else text
+    """Read a GPU: digits alone are an index, anything else is a uuid."""
+    if not text or not text.isprintable():
+        raise ValueError(f"{text!r} is no GPU: write an index such as 0, or a uuid")
+    return _number(text) if text.isascii() and text.isdigit() else text
 
 
 def _gpus(text: str) -> list[str | int]:
@@ -71,7 +76,10 @@ wait = _duration(WAIT_S_MAX)
 grace = _duration(GRACE_S_MAX)
 # A day: longer than anybody waits for an answer, shorter than what poll can count.
 budget = _duration(86_400)
-positive = _kind(_positive)
+# `events --for` and `top --interval`: a week, as for a wait.
+span = _positive(WAIT_S_MAX)
+# `--expected`: a year. Whoever holds longer than that holds for good.
+expected = _positive(365 * 86_400)
 gpu_count = _kind(_count)
 number = _kind(_number)
 gpu = _kind(_gpu)
@@ -102,7 +110,7 @@ def add_request_flags(parser: ArgumentParser) -> None:
         "--device", type=gpu_list, action="extend", metavar="GPU[,GPU]",
         help="only these GPUs: an index or uuid; may be repeated",
     )  # fmt: skip
-    ask.add_argument("--expected", type=positive, metavar="TIME", help="how long it will be held")
+    ask.add_argument("--expected", type=expected, metavar="TIME", help="how long it will be held")
     ask.add_argument("--purpose", metavar="TEXT", help="what for; others can read it")
 
 

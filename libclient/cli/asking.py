@@ -9,7 +9,7 @@ from libclient.cli import exits
 from libclient.cli.invocation import Invocation
 from libclient.cli.looking import failed_checks
 from libclient.cli.screen import complain
-from libclient.errors import Unavailable
+from libclient.errors import RequestError, Unavailable, may_pass
 
 # A daemon that starts is there within tenths of a second; a script that waits is not to notice.
 AGAIN_S = 0.1
@@ -42,7 +42,11 @@ def ready(invocation: Invocation) -> int:
 
 
 def _until_ready(invocation: Invocation, deadline_s: float) -> dict[str, Any]:
-    """Ask until the answer is yes or the time is over. Raises Unavailable if there is none."""
+    """Ask until the answer is yes or the time is over.
+
+    Raises Unavailable if there is no answer then, and RequestError if it is a refusal: at once for
+    one that will not change.
+    """
     pause_s = AGAIN_S
     while True:
         invocation.restart_budget()
@@ -50,8 +54,8 @@ def _until_ready(invocation: Invocation, deadline_s: float) -> dict[str, Any]:
             reply = invocation.call("ready")
             if reply.get("ready") or monotonic() >= deadline_s:
                 return reply
-        except Unavailable:
-            if monotonic() >= deadline_s:
+        except (Unavailable, RequestError) as fault:
+            if not may_pass(fault) or monotonic() >= deadline_s:
                 raise
         # Nothing announces a daemon that is not there yet.
         sleep(max(0.0, min(pause_s, deadline_s - monotonic())))

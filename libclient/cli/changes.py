@@ -24,6 +24,8 @@ RULE_FIELDS = (
     "units",
 )
 LISTS = ("users", "units")
+# Fields in which 0 is not the smallest value, but none at all.
+CAPS = ("max_memory_per_agent_mb", "max_memory_mb")
 
 
 class Change(NamedTuple):
@@ -118,8 +120,35 @@ def _apply(rules: dict[str, dict[str, Any]], name: str, change: Change) -> None:
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs between two policies, by flat name, as (before, after)."""
     old, new = flat(before), flat(after)
+    # `{}` stands for no rules: where some came or went, they are named, and it did not change.
+    filled_before, filled_after = _filled(before), _filled(after)
     both = ((name, old.get(name), new.get(name)) for name in {**new, **old})
-    return {name: (was, now) for name, was, now in both if was != now}
+    return {
+        name: (was, now)
+        for name, was, now in both
+        if was != now
+        and not (was == {} and name in filled_after)
+        and not (now == {} and name in filled_before)
+    }
+
+
+def _filled(policy: Mapping[str, Any]) -> set[str]:
+    """Return the names that stand for rules, and hold some."""
+    agents = policy.get(AGENTS)
+    if not agents or not isinstance(agents, dict):
+        return set()
+    return {AGENTS} | {f"{AGENTS}.{name}" for name, rule in agents.items() if rule}
+
+
+def named(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything of a policy that can be asked for by a name, parts and wholes."""
+    agents = policy.get(AGENTS)
+    rules = agents if isinstance(agents, dict) else {}
+    return {
+        **{f"{AGENTS}.{name}": rule for name, rule in rules.items()},
+        **flat(policy),
+        **policy,
+    }
 
 
 def flat(policy: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,6 +173,12 @@ def show_value(field: str, value: object) -> str:
     if field.endswith("_s") and isinstance(value, int | float):
         return sizes.format_duration(value)
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def explain_value(field: str, value: object) -> str:
+    """Return a value as it would be written, and what it means where that cannot be seen."""
+    shown = show_value(field, value)
+    return f"{shown} (no cap)" if field.endswith(CAPS) and value == 0 else shown
 
 
 def _user(text: str) -> str | int:

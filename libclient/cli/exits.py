@@ -15,6 +15,8 @@ EXTRA_MISSING: Final = 3
 REFUSED: Final = 65
 UNAVAILABLE: Final = 69
 BUG: Final = 70
+SYSTEM_REFUSED: Final = 71
+CANNOT_WRITE: Final = 74
 NOT_GRANTED: Final = 75
 FORBIDDEN_CODE: Final = 77
 # What shells and env(1) answer for the command that they were to run, and 128 + the signal.
@@ -39,6 +41,8 @@ TABLE: Final = (
     ExitCode(REFUSED, "the daemon refused the request, and would refuse it again"),
     ExitCode(UNAVAILABLE, "no daemon, or none that answered in time"),
     ExitCode(BUG, "a bug, in gpuorch or in the daemon"),
+    ExitCode(SYSTEM_REFUSED, "the system refused what is needed, such as one more descriptor"),
+    ExitCode(CANNOT_WRITE, "the answer cannot be written: a full disk"),
     ExitCode(NOT_GRANTED, "not granted (`run`), or refused for the moment: try again later"),
     ExitCode(FORBIDDEN_CODE, "only an admin, or another user or unit, may do this"),
     ExitCode(NOT_EXECUTABLE, "`run`: the command was found and cannot be executed"),

@@ -57,7 +57,7 @@ class Frame:
         if isinstance(seen, str):
             head = [paint(f"no daemon: {safe(seen)}; looking again", "bold red")]
         else:
-            head = daemon_lines(self._screen, seen)
+            head = daemon_lines(self._screen, seen, width)
             self._last = seen
         shown = self._last
         head += ["", *self._gpus(shown["gpu_info"], width), ""]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from libclient.cli import arguments, exits
+from libclient.cli.faults import UsageError
 from libclient.version import VERSION
 from libclient.wire.vocabulary import SEAL_SIGNALS, TOPICS
 
@@ -34,7 +35,7 @@ class Command(NamedTuple):
 
 def _top(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--interval", type=arguments.positive, default=1.0, metavar="TIME",
+        "--interval", type=arguments.span, default=1.0, metavar="TIME",
         help="how often to look, besides whenever something happens (default: 1s)",
     )  # fmt: skip
     parser.add_argument(
@@ -113,7 +114,7 @@ def _events(parser: ArgumentParser) -> None:
         "-n", "--count", type=arguments.number, metavar="N", help="end after so many events"
     )
     parser.add_argument(
-        "--for", dest="span", type=arguments.positive, metavar="TIME", help="end after this time"
+        "--for", dest="span", type=arguments.span, metavar="TIME", help="end after this time"
     )
 
 
@@ -245,8 +246,8 @@ class _Parser(ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)  # type: ignore[arg-type]  # passed on as given
 
     def error(self, message: str) -> NoReturn:
-        """Say it in one line, and where there is more to read."""
-        self.exit(exits.USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        """Raise it: the usage of all flags would hide what is wrong."""
+        raise UsageError(message, self.prog)
 
 
 def parser() -> ArgumentParser:
@@ -298,12 +299,26 @@ def _common(part: ArgumentParser, missing: object) -> None:
     )  # fmt: skip
 
 
+class Glance(NamedTuple):
+    """What can be told of a line before, or without, understanding it."""
+
+    command: str
+    json: bool
+
+
+def glance(argv: Sequence[str]) -> Glance:
+    """Return which command a line most likely is, and whether it asks for JSON."""
+    own = argv[: _own_words(argv)]
+    names = {command.name for command in COMMANDS}
+    return Glance(next((word for word in own if word in names), ""), "--json" in own)
+
+
 def read(argv: Sequence[str]) -> Namespace:
-    """Read a command line. Exits by itself for --help (0) and for what is wrong (2)."""
+    """Read a command line. Raises UsageError; exits by itself, with 0, for --help."""
     whole = parser()
     words = list(argv)
-    own = words.index("--") if "--" in words else len(words)
-    if own < len(words) and any(name in words[:own] for name in WITH_COMMAND):
+    own = _own_words(words)
+    if own < len(words):
         # What is behind the first `--` is another command's line, and nobody parses it.
         args = whole.parse_args(words[:own])
         if getattr(args, "words", None) is not None:
@@ -311,3 +326,9 @@ def read(argv: Sequence[str]) -> Namespace:
             args.words += (["--"] if args.words else []) + words[own + 1 :]
             return args
     return whole.parse_args(words)
+
+
+def _own_words(words: Sequence[str]) -> int:
+    """Return how many words are ours: those before the `--` of a command that has one."""
+    own = words.index("--") if "--" in words else len(words)
+    return own if any(name in words[:own] for name in WITH_COMMAND) else len(words)

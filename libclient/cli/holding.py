@@ -30,16 +30,22 @@ class Holding:
     """A connection with at most one lease on it."""
 
     def __init__(self, path: str, timeout_s: float) -> None:
-        """Connect. Raises Unavailable."""
-        self._timeout_s = timeout_s
+        """Connect. Raises Unavailable.
+
+        `timeout_s` is for everything that the daemon is waited for, from here to the seal; a wait
+        for memory that was asked for comes on top of it.
+        """
+        self._left_s = timeout_s
         self._session = Session(lasting=False)
         self._sock = new_socket()
+        start_s = monotonic()
         try:
-            for pause_s in connecting(self._sock, path, monotonic() + timeout_s):
+            for pause_s in connecting(self._sock, path, start_s + timeout_s):
                 sleep(pause_s)
         except BaseException:
             self._sock.close()
             raise
+        self._spend(start_s, 0.0)
 
     def ask(
         self,
@@ -53,16 +59,19 @@ class Holding:
         """
         decision = Decision(on_event)
         ticket = self._session.ask("lease", fields, decision)
-        self._wait(ticket, self._timeout_s + fields.get("wait_s", 0.0), on_tick)
+        self._wait(ticket, fields.get("wait_s", 0.0), on_tick)
         return decision
 
-    def seal(self, signal: str | None) -> int:
-        """Let the connection only hold from now on. Return a descriptor that is inherited.
+    def seal(self, signal: str | None) -> None:
+        """Let the connection only hold from now on. Raises Unavailable or RequestError.
 
-        Raises Unavailable or RequestError; nothing is held then, once this is closed.
+        The lease may have ended meanwhile: its decision says so.
         """
         fields = {} if signal is None else {"signal": signal}
-        self._wait(self._session.ask("seal", fields), self._timeout_s, lambda: None)
+        self._wait(self._session.ask("seal", fields), 0.0, lambda: None)
+
+    def hand_on(self) -> int:
+        """Return the connection as a descriptor that is inherited; it is the lease from now on."""
         fd = self._sock.detach()
         if fd >= FIRST_FREE_FD:
             os.set_inheritable(fd, True)
@@ -77,10 +86,13 @@ class Holding:
         """End the connection: what waits is cancelled, what was granted is given back."""
         self._sock.close()
 
-    def _wait(self, ticket: Ticket, timeout_s: float, on_tick: Callable[[], None]) -> None:
-        deadline_s = monotonic() + timeout_s
+    def _wait(self, ticket: Ticket, wait_s: float, on_tick: Callable[[], None]) -> None:
+        start_s = monotonic()
+        deadline_s = start_s + self._left_s + wait_s
         session = self._session
-        self._send(timeout_s)
+        if self._left_s <= 0:
+            raise Unavailable("no answer from the daemon in time", TIMEOUT)
+        self._send(self._left_s)
         while not ticket.done:
             left_s = deadline_s - monotonic()
             if left_s <= 0:
@@ -96,7 +108,12 @@ class Holding:
             if session.outgoing:
                 # The daemon was restarted, and is to be told again what it was asked.
                 self._send(max(0.0, deadline_s - monotonic()))
+        self._spend(start_s, wait_s)
         ticket.result()
+
+    def _spend(self, start_s: float, wait_s: float) -> None:
+        """Take what was used since `start_s` off the budget, except the wait that was asked for."""
+        self._left_s = max(0.0, self._left_s - max(0.0, monotonic() - start_s - wait_s))
 
     def _send(self, timeout_s: float) -> None:
         """Send what the session has to say. One that cannot is found out by the next read."""

@@ -10,6 +10,7 @@ from argparse import Namespace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from libclient.cli.faults import UsageError
 from libclient.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -44,8 +45,15 @@ class Invocation:
         return self._client
 
     def call(self, op: str, **fields: object) -> dict[str, Any]:
-        """Ask for an op. Raises Unavailable or RequestError."""
-        return self.client().call(op, timeout_s=self.left_s, **fields)
+        """Ask for an op. Raises Unavailable, RequestError, or UsageError for what cannot be said.
+
+        The last is for what no message can hold: bytes that are no text, a number of many digits.
+        """
+        client = self.client()
+        try:
+            return client.call(op, timeout_s=self.left_s, **fields)
+        except (ValueError, TypeError, OverflowError) as fault:
+            raise UsageError(f"{op} cannot be asked for like that: {fault}") from None
 
     def pages(self, op: str, name: str) -> list[dict[str, Any]]:
         """Ask for all pages of a list. Raises Unavailable or RequestError."""

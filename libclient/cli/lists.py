@@ -60,9 +60,9 @@ LEASE_COLUMNS = (
     Column("PRIORITY", rank=4),
     Column("HELD", right=True, rank=1),
     Column("PID", right=True),
-    Column("USER", least=6, rank=5),
-    Column("LEASE", rank=2),
-    Column("PURPOSE", least=8, rank=6),
+    Column("USER", least=6, rank=6),
+    Column("LEASE", rank=5),
+    Column("PURPOSE", least=8, rank=7),
 )
 QUEUE_COLUMNS = (
     Column("PLACE", right=True),

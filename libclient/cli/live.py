@@ -1,26 +1,24 @@
 """`top`: the screen of `status`, live, with what happened last.
 
-Looks once an interval, and at once when an event comes. The daemon going away is shown and waited
-out. Keys are read where standard input is a terminal. With `--json` it is a stream of documents.
+Looks once an interval, and soon after an event comes, but never so often that many events make it a
+load. The daemon going away is shown and waited out. Keys are read where standard input is a
+terminal, which gets back what it was however `top` ends, or is stopped. With `--json` it is a
+stream of documents.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from select import select
-from time import sleep
+import signal
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from libclient.cli import exits
+from libclient.cli.attention import ENDING, Attention, Woken
 from libclient.cli.faults import ExtraMissing, UsageError
 from libclient.cli.frame import ORDERS, Frame
 from libclient.cli.invocation import Invocation
 from libclient.cli.looking import look
 from libclient.cli.newsreel import Newsreel
-from libclient.cli.screen import is_terminal
 from libclient.errors import RequestError, Unavailable
 
 if TYPE_CHECKING:
@@ -28,7 +26,11 @@ if TYPE_CHECKING:
 
 # A burst of events is one change of the picture.
 SETTLE_S = 0.1
-QUIT_KEYS = b"q\x03\x04"
+# Between two looks, whatever happens meanwhile: each asks for every lease there is.
+LOOK_LEAST_S = 0.5
+QUIT_KEYS = b"q\x04"
+# Where the terminal does not make a signal of Ctrl-C.
+INTERRUPT_KEY = b"\x03"
 SORT_KEY = b"s"
 
 
@@ -39,33 +41,69 @@ def top(invocation: Invocation) -> int:
     if not invocation.screen.live:
         raise UsageError("`top` needs a terminal; `gpuorch status` prints the same once")
     try:
-        from rich.console import Console
-        from rich.live import Live
+        import rich.live
     except ModuleNotFoundError:
         raise ExtraMissing("top") from None
+    del rich
     # Fail with a plain message where there is no daemon to begin with.
-    seen: dict[str, Any] | str = look(invocation)
-    frame = Frame(invocation.screen)
-    console = Console()
+    seen = look(invocation)
     newsreel = Newsreel(invocation.args.socket)
-    order = ORDERS.index(invocation.args.sort)
     try:
-        with (
-            _keys() as keys,
-            Live(console=console, screen=True, auto_refresh=False, transient=True) as live,
-        ):
-            while True:
-                lines = frame.lines(seen, newsreel.latest(), console.size, ORDERS[order])
-                live.update(_renderable(lines), refresh=True)
-                pressed = _wait(keys, newsreel, invocation.args.interval)
-                if any(key in QUIT_KEYS for key in pressed):
-                    return exits.OK
-                order = (order + pressed.count(SORT_KEY)) % len(ORDERS)
-                seen = _look_again(invocation)
-    except KeyboardInterrupt:
-        return exits.OK
+        with Attention(newsreel.fileno()) as attention:
+            ended_by = _show(invocation, seen, newsreel, attention)
     finally:
         newsreel.close()
+    if ended_by is not None:
+        # The terminal is as it was: now the signal may do what it does.
+        invocation.screen.flush()
+        signal.raise_signal(ended_by)
+    return exits.OK
+
+
+def _show(
+    invocation: Invocation, seen: dict[str, Any] | str, newsreel: Newsreel, attention: Attention
+) -> signal.Signals | None:
+    """Draw until a key or a signal ends it; return the signal."""
+    from rich.console import Console
+    from rich.live import Live
+
+    frame = Frame(invocation.screen)
+    console = Console()
+    order = ORDERS.index(invocation.args.sort)
+    looked_s = monotonic()
+    with Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
+        while True:
+            lines = frame.lines(seen, newsreel.latest(), console.size, ORDERS[order])
+            live.update(_renderable(lines), refresh=True)
+            woken = _pause(newsreel, attention, looked_s, invocation.args.interval)
+            if woken.signals & ENDING:
+                return min(woken.signals & ENDING)
+            if signal.SIGTSTP in woken.signals:
+                live.stop()
+                attention.stop_process()
+                live.start()
+            if INTERRUPT_KEY in woken.keys:
+                raise KeyboardInterrupt
+            if any(key in QUIT_KEYS for key in woken.keys):
+                return None
+            order = (order + woken.keys.count(SORT_KEY)) % len(ORDERS)
+            if not woken.keys and not woken.signals:
+                seen = _look_again(invocation)
+                looked_s = monotonic()
+
+
+def _pause(newsreel: Newsreel, attention: Attention, looked_s: float, interval_s: float) -> Woken:
+    """Wait until it is time to look again, or a key or a signal comes."""
+    due_s = looked_s + interval_s
+    news = False
+    while True:
+        woken = attention.wait(due_s - monotonic(), for_news=not news)
+        if woken.keys or woken.signals or (not woken.news and monotonic() >= due_s):
+            return woken
+        if woken.news:
+            news = True
+            due_s = min(due_s, max(looked_s + LOOK_LEAST_S, monotonic() + SETTLE_S))
+            newsreel.seen()
 
 
 def _renderable(lines: list[str]) -> RenderableType:
@@ -90,33 +128,3 @@ def _look_again(invocation: Invocation) -> dict[str, Any] | str:
         return look(invocation)
     except (Unavailable, RequestError) as fault:
         return str(fault)
-
-
-def _wait(keys: int | None, newsreel: Newsreel, interval_s: float) -> bytes:
-    """Wait for a key, news or the interval; return the keys that were pressed."""
-    watched = [newsreel.fileno(), *([] if keys is None else [keys])]
-    ready, _, _ = select(watched, [], [], interval_s)
-    if keys in ready and keys is not None:
-        return os.read(keys, 64) or QUIT_KEYS[:1]
-    if newsreel.fileno() in ready:
-        sleep(SETTLE_S)
-        newsreel.seen()
-    return b""
-
-
-@contextmanager
-def _keys() -> Iterator[int | None]:
-    """Let keys be read one by one, without echo, and put the terminal back afterwards."""
-    if not is_terminal(sys.stdin):
-        yield None
-        return
-    import termios
-    import tty
-
-    fd = sys.stdin.fileno()
-    before = termios.tcgetattr(fd)
-    try:
-        tty.setcbreak(fd)
-        yield fd
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)

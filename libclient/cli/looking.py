@@ -16,7 +16,8 @@ from libclient.cli.lists import (
     queue_rows,
 )
 from libclient.cli.screen import Screen
-from libclient.cli.text import counted, safe
+from libclient.cli.tables import Cell, flow
+from libclient.cli.text import counted, plain, safe
 from libclient.sizes import format_duration
 
 # `status` fits on a screen; `leases` and `queue` show everything.
@@ -91,32 +92,39 @@ def look(invocation: Invocation) -> dict[str, Any]:
 
 def show_daemon(screen: Screen, seen: dict[str, Any]) -> None:
     """Write the head of `status`: SAFE_MODE before all else, then the daemon and its checks."""
-    for line in daemon_lines(screen, seen):
+    for line in daemon_lines(screen, seen, screen.width):
         screen.line(line)
 
 
-def daemon_lines(screen: Screen, seen: dict[str, Any]) -> list[str]:
-    """Return the lines of the head of `status`."""
+def daemon_lines(screen: Screen, seen: dict[str, Any], width: int | None) -> list[str]:
+    """Return the lines of the head of `status`, fitted to a width where there is one."""
     daemon, ready, info = seen["daemon"], seen["ready"], seen["gpu_info"]
-    paint = screen.paint
-    lines = []
-    if daemon.get("safe_mode"):
-        lines.append(paint("SAFE_MODE is on: no GPU is touched, no lease is granted", "bold red"))
-    is_ready = bool(ready.get("ready"))
     sampled_s = info.get("sampled_s")
     parts = [
-        paint(f"gpuorchd {safe(daemon.get('version'))}", "bold"),
-        paint("ready", "green") if is_ready else paint("not ready", "bold red"),
-        safe(daemon.get("socket")),
-        counted(len(info.get("gpus") or ()), "GPU"),
+        Cell(f"gpuorchd {safe(daemon.get('version'))}", "bold"),
+        Cell("ready", "green") if ready.get("ready") else Cell("not ready", "bold red"),
+        Cell(safe(daemon.get("socket"))),
+        Cell(counted(len(info.get("gpus") or ()), "GPU")),
     ]
     if info.get("mps_enabled"):
-        parts.append("MPS")
+        parts.append(Cell("MPS"))
     if isinstance(sampled_s, int | float):
-        parts.append(f"read {format_duration(round(sampled_s, 1))} ago")
-    lines.append("  ".join(parts))
-    lines += [f"  {paint(text, 'red')}" for text in failed_checks(ready)]
+        parts.append(Cell(f"read {format_duration(round(sampled_s, 1))} ago"))
+    lines = []
+    if daemon.get("safe_mode"):
+        text = "SAFE_MODE is on: no GPU is touched, no lease is granted"
+        lines += _sentence(screen, text, "bold red", width)
+    lines += flow(parts, width, screen.paint, screen.ellipsis)
+    for text in failed_checks(ready):
+        less = None if width is None else width - 2
+        lines += [f"  {line}" for line in _sentence(screen, text, "red", less)]
     return lines
+
+
+def _sentence(screen: Screen, text: str, style: str, width: int | None) -> list[str]:
+    words = [Cell(word) for word in text.split(" ")]
+    lines = flow(words, width, plain, screen.ellipsis, gap=" ")
+    return [screen.paint(line, style) for line in lines]
 
 
 def failed_checks(ready: dict[str, Any]) -> list[str]:

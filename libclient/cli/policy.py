@@ -9,7 +9,9 @@ from libclient.cli.changes import (
     AGENTS,
     Change,
     differences,
+    explain_value,
     flat,
+    named,
     read_change,
     show_value,
     together,
@@ -43,18 +45,19 @@ def _get(invocation: Invocation) -> int:
         if screen.json:
             screen.document(reply)
             return exits.OK
-        screen.facts({name: show_value(name, value) for name, value in flat(shown).items()})
+        screen.facts({name: explain_value(name, value) for name, value in flat(shown).items()})
         return exits.OK
-    known = {**flat(shown), **shown}
+    known = named(shown)
     for name in names:
         if name not in known:
             raise UsageError(f"no policy field {safe(repr(name))}; there are: {', '.join(shown)}")
     if screen.json:
         screen.document({name: known[name] for name in names})
     elif len(names) == 1:
+        # By itself, so that a script can give it back to `policy set`.
         screen.line(safe(show_value(names[0], known[names[0]])))
     else:
-        screen.facts({name: show_value(name, known[name]) for name in names})
+        screen.facts({name: explain_value(name, known[name]) for name in names})
     return exits.OK
 
 
@@ -73,7 +76,7 @@ def _set(invocation: Invocation) -> int:
     elif not invocation.screen.json:
         invocation.screen.facts(
             {
-                name: f"{show_value(name, old)} -> {show_value(name, new)}"
+                name: f"{explain_value(name, old)} -> {explain_value(name, new)}"
                 for name, (old, new) in changed.items()
             }
         )

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from libclient.cli.lists import gpu_numbers
-from libclient.cli.screen import complain, is_terminal
-from libclient.cli.text import counted, safe
+from libclient.cli.screen import chatter, complain, is_terminal
+from libclient.cli.text import counted, cut, safe
 from libclient.decision import Decision, Event
 from libclient.sizes import format_duration, format_memory
 
@@ -47,8 +47,7 @@ class Progress:
     ) -> None:
         """Take the changing line away, also where Ctrl-C ends the wait."""
         if self._drawn:
-            sys.stderr.write(ERASE_LINE)
-            sys.stderr.flush()
+            chatter(ERASE_LINE)
             self._drawn = False
 
     def on_event(self, event: Event) -> None:
@@ -92,11 +91,8 @@ class Progress:
         complain(f"{why}; going on with the CPU" if on_cpu else f"not granted: {why}")
 
     def _draw(self) -> None:
-        # A terminal that does not know its size says 0.
-        width = max(20, os.get_terminal_size(sys.stderr.fileno()).columns or 80)
-        text = f"gpuorch: {self._text()}"
-        sys.stderr.write(ERASE_LINE + text[: width - 1])
-        sys.stderr.flush()
+        # The last column stays free: some terminals wrap as soon as it is written to.
+        chatter(ERASE_LINE + cut(f"gpuorch: {self._text()}", _stderr_columns() - 1, "~"))
         self._drawn = True
 
     def _text(self) -> str:
@@ -113,8 +109,17 @@ class Progress:
     def _record(document: Mapping[str, object]) -> None:
         from json import dumps
 
-        sys.stderr.write(dumps(document) + "\n")
-        sys.stderr.flush()
+        chatter(dumps(document) + "\n")
+
+
+def _stderr_columns() -> int:
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        # It has gone meanwhile; a wait is not to end for that.
+        columns = 0
+    # A terminal that does not know its size says 0.
+    return max(20, columns or 80)
 
 
 def describe(fields: Mapping[str, Any]) -> str:

@@ -101,7 +101,7 @@ def parser() -> ArgumentParser:
     whole.add_argument("--json", action="store_true", help="answer in one JSON document")
     whole.add_argument("--port", metavar="NAME", help="print the port of this one and exit")
     whole.add_argument(
-        "--timeout", type=arguments.positive, default=TIMEOUT_S, metavar="TIME",
+        "--timeout", type=arguments.span, default=TIMEOUT_S, metavar="TIME",
         help="how long to wait for each answer; all are asked at once (default: 2s)",
     )  # fmt: skip
     return whole

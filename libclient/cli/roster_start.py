@@ -82,11 +82,11 @@ def parser() -> ArgumentParser:
     whole.add_argument("--version", action="version", version=f"justnews-enable-all {VERSION}")
     whole.add_argument("--boot", action="store_true", help="enable each of them for boot as well")
     whole.add_argument(
-        "--gate", type=arguments.positive, default=GATE_S, metavar="TIME",
+        "--gate", type=arguments.span, default=GATE_S, metavar="TIME",
         help="how long to wait for the daemon to be ready (default: 1m)",
     )  # fmt: skip
     whole.add_argument(
-        "--unit-timeout", type=arguments.positive, default=UNIT_S, metavar="TIME",
+        "--unit-timeout", type=arguments.span, default=UNIT_S, metavar="TIME",
         help="how long one unit may take to start (default: 1m40s)",
     )  # fmt: skip
     whole.add_argument(

@@ -15,12 +15,11 @@ from typing import NoReturn
 
 from libclient.cli import exits
 from libclient.cli.arguments import request_fields
-from libclient.cli.faults import UsageError
+from libclient.cli.faults import CannotRun, UsageError
 from libclient.cli.holding import Holding
 from libclient.cli.invocation import Invocation
 from libclient.cli.naming import agent_name
 from libclient.cli.progress import Progress
-from libclient.cli.screen import complain
 from libclient.cli.text import safe
 from libclient.decision import Decision
 from libclient.errors import RequestError, Unavailable
@@ -34,14 +33,6 @@ HIDE_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
-class CannotRun(Exception):
-    """The command cannot be run. `code` is the exit code that shells give for it."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
 class NoLease(Exception):
     """There is no lease. `reason` is one word; `code` is the exit code for it."""
 
@@ -53,15 +44,11 @@ class NoLease(Exception):
 
 
 def run(invocation: Invocation) -> int:
-    """Take a lease and become the command; return only where that cannot be."""
+    """Take a lease and become the command; return only where there is none. Raises CannotRun."""
     args = invocation.args
     if not args.words:
         raise UsageError("no command is given: gpuorch run --mem 4GiB -- COMMAND ...")
-    try:
-        path = find(args.words[0], os.environ.get("PATH"))
-    except CannotRun as fault:
-        complain(str(fault))
-        return fault.code
+    path = find(args.words[0], os.environ.get("PATH"))
     try:
         fields = request_fields(args, agent_name(args.agent, args.words))
     except (ValueError, TypeError) as fault:
@@ -76,11 +63,7 @@ def run(invocation: Invocation) -> int:
         extra = {**HIDE_GPUS, REASON_VARIABLE: failure.reason}
     else:
         extra = {**decision.env, LEASE_VARIABLE: decision.lease_id or ""}
-    try:
-        _become(path, args.words, environment(extra))
-    except CannotRun as fault:
-        complain(str(fault))
-        return fault.code
+    return _become(path, args.words, environment(extra))
 
 
 def _lease(invocation: Invocation, fields: dict[str, object], progress: Progress) -> Decision:
@@ -89,11 +72,16 @@ def _lease(invocation: Invocation, fields: dict[str, object], progress: Progress
     holding: Holding | None = None
     try:
         with progress:
-            holding = Holding(socket_path(args.socket), args.timeout)
+            holding = Holding(socket_path(args.socket), invocation.left_s)
             decision = holding.ask(fields, progress.on_event, progress.on_tick)
         if decision.granted:
             holding.seal(args.signal)
+            if not decision.live:
+                # Taken back before the seal: what may have been said after it could not be heard.
+                word, _, why = (decision.ended or "").partition(": ")
+                raise NoLease(exits.NOT_GRANTED, word.upper(), why, {})
             progress.granted(decision)
+            holding.hand_on()
             holding = None
             return decision
         facts: dict[str, object] = {"reasons": decision.reasons, "eta_s": decision.eta_s}

@@ -2,6 +2,7 @@
 
 Owns whether there are colours (a terminal, no NO_COLOR, TERM other than dumb), how wide it is, and
 whether it can show more than ASCII. With `--json` the answer is one JSON document, or one a line.
+An answer that cannot be written ends the command; what only goes with it does not.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from libclient.cli.faults import CannotWrite
 from libclient.cli.tables import Cell, Column, Row, table
 from libclient.cli.text import Paint, coloured, plain, safe
 
@@ -38,8 +40,13 @@ class Screen:
         return get_terminal_size().columns
 
     def line(self, text: str = "") -> None:
-        """Write one line of the answer."""
-        sys.stdout.write(text + "\n")
+        """Write one line of the answer. Raises BrokenPipeError or CannotWrite."""
+        try:
+            sys.stdout.write(text + "\n")
+        except BrokenPipeError:
+            raise
+        except OSError as fault:
+            raise CannotWrite(fault) from None
 
     def document(self, value: object) -> None:
         """Write the answer as one JSON document: indented for eyes, else on one line."""
@@ -55,8 +62,16 @@ class Screen:
         self.flush()
 
     def flush(self) -> None:
-        """Let out what was written: whoever reads a stream is not to wait for more of it."""
-        sys.stdout.flush()
+        """Let out what was written: whoever reads a stream is not to wait for more of it.
+
+        Raises BrokenPipeError or CannotWrite.
+        """
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as fault:
+            raise CannotWrite(fault) from None
 
     def table(self, columns: Sequence[Column], rows: Sequence[Row]) -> None:
         """Write a table that fits the terminal."""
@@ -89,11 +104,20 @@ def colours(stream: TextIO | None) -> bool:
 
 def complain(text: str) -> None:
     """Write one line to standard error, as `gpuorch: ...`."""
+    paint = coloured if colours(sys.stderr) else plain
+    chatter(f"{paint('gpuorch:', 'bold')} {safe(text)}\n")
+
+
+def chatter(text: str) -> None:
+    """Write to standard error as it is. One that is closed, full or broken ends no command."""
     if sys.stderr is None:
         return
-    paint = coloured if colours(sys.stderr) else plain
-    sys.stderr.write(f"{paint('gpuorch:', 'bold')} {safe(text)}\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        # Nobody is there to be told. ValueError: it was closed under way.
+        pass
 
 
-__all__ = ["Cell", "Column", "Row", "Screen", "colours", "complain", "is_terminal"]
+__all__ = ["Cell", "Column", "Row", "Screen", "chatter", "colours", "complain", "is_terminal"]

@@ -1,7 +1,8 @@
 """Tables and memory bars of plain text, fitted to a width.
 
-A table that is too wide first cuts its flexible columns, then leaves out columns, those of the
-highest rank first. Without a width (a pipe or a file) nothing is cut or left out.
+A table that is too wide first does without what only goes with it (columns of `EXTRA_RANK` on),
+then cuts its flexible columns, then leaves out others, those of the highest rank first. Without a
+width (a pipe or a file) nothing is cut or left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 from libclient.cli.text import Paint, cells, cut
 
 GAP = "  "
+# From here on a column is left out before a name of any other is cut.
+EXTRA_RANK = 5
 
 
 class Column(NamedTuple):
@@ -68,13 +71,14 @@ def _fitted(
         return sum(widths[place] for place in shown) + len(GAP) * (len(shown) - 1) - width
 
     while (over := excess()) > 0:
-        flexible = [p for p in shown if widths[p] > max(columns[p].least or widths[p], 1)]
+        extra = [p for p in shown if columns[p].rank >= EXTRA_RANK]
+        flexible = [p for p in extra or shown if widths[p] > max(columns[p].least or widths[p], 1)]
         if flexible:
             widest = max(flexible, key=lambda p: widths[p])
             least = columns[widest].least or 1
             widths[widest] = max(least, widths[widest] - over)
             continue
-        droppable = [p for p in shown if columns[p].rank]
+        droppable = extra or [p for p in shown if columns[p].rank]
         if not droppable:
             break
         shown.remove(max(droppable, key=lambda p: columns[p].rank))
@@ -99,6 +103,26 @@ def _line(
         body = cell.painted if cell.painted and text == cell.text else paint(text, cell.style)
         parts.append(pad + body if columns[place].right else body + pad)
     return GAP.join(parts).rstrip()
+
+
+def flow(
+    parts: Sequence[Cell], width: int | None, paint: Paint, ellipsis: str = "…", gap: str = GAP
+) -> list[str]:
+    """Return cells one after another, on as many lines as a width needs; None is one line.
+
+    A cell that has no room on a line of its own is cut.
+    """
+    lines: list[list[Cell]] = [[]]
+    used = 0
+    for part in parts:
+        cell = part if width is None else part._replace(text=cut(part.text, width, ellipsis))
+        size = cells(cell.text)
+        if lines[-1] and width is not None and used + cells(gap) + size > width:
+            lines.append([])
+            used = 0
+        used += size + (cells(gap) if lines[-1] else 0)
+        lines[-1].append(cell)
+    return [gap.join(paint(cell.text, cell.style) for cell in line) for line in lines]
 
 
 class Segment(NamedTuple):

@@ -10,7 +10,7 @@ from libclient.cli import exits
 from libclient.cli.invocation import Invocation
 from libclient.cli.screen import Screen, complain
 from libclient.cli.text import Paint, safe
-from libclient.errors import TIMEOUT, Unavailable
+from libclient.errors import TIMEOUT, RequestError, Unavailable, may_pass
 from libclient.sizes import format_duration, format_memory
 from libclient.wire.vocabulary import EVENTS_LOST
 
@@ -53,13 +53,13 @@ def events(invocation: Invocation) -> int:
             while left != 0:
                 _print(stream.next(max(0.0, end_s - monotonic())), invocation.screen)
                 left = None if left is None else left - 1
-        except Unavailable as fault:
-            if fault.reason == TIMEOUT and monotonic() >= end_s:
+        except (Unavailable, RequestError) as fault:
+            if getattr(fault, "reason", None) == TIMEOUT and monotonic() >= end_s:
                 break
-            if not args.follow:
+            if not args.follow or not may_pass(fault):
                 raise
             if not missing:
-                complain(f"{fault.detail}; waiting for it")
+                complain(f"{fault}; waiting for it")
             missing = True
             sleep(max(0.0, min(RETRY_S, end_s - monotonic())))
     return exits.OK

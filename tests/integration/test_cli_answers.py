@@ -113,10 +113,14 @@ def test_policy_is_changed_as_people_write_it(daemon: DaemonProcess) -> None:
     }
     one = gpuorch(daemon.socket, "policy", "get", "max_memory_per_agent_mb")
     assert one.stdout == "8GiB\n"
+    assert gpuorch(daemon.socket, "policy", "get", "agents.a").stdout == '{"gpu": true}\n'
     null = gpuorch(daemon.socket, "policy", "set", "max_memory_per_agent_mb=null", "agents=null")
     assert null.returncode == 0
     policy = gpuorch_json(daemon.socket, "policy", "get")["policy"]
     assert (policy["max_memory_per_agent_mb"], policy["agents"]) == (0, {})
+    first = gpuorch(daemon.socket, "policy", "set", "agents.a.gpu=false")
+    assert first.stdout.splitlines()[:-1] == ["agents.a.gpu  null -> false"]
+    assert "max_memory_per_agent_mb  0 (no cap)" in gpuorch(daemon.socket, "policy", "get").stdout
 
 
 def test_a_change_to_another_revision_is_refused(daemon: DaemonProcess) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from libclient.cli.text import cells
 from tests.support.cli_process import gpuorch, start_gpuorch
 from tests.support.daemon_process import (
     ANSWER_DEADLINE_S,
@@ -340,6 +344,25 @@ def test_a_terminal_sees_the_wait_on_one_line_that_goes_away(
     assert seen.count(b"\n") == 1
     assert seen.startswith(b"\r\x1b[Kgpuorch: waiting for 4 GiB as true")
     assert b"\r\x1b[K\x1b[1mgpuorch:\x1b[0m granted" in seen
+
+
+@pytest.mark.usefixtures("full")
+def test_the_line_of_the_wait_fits_a_narrow_terminal(daemon: DaemonProcess) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
+    words = ("--mem", "4GiB", "--wait", "1m", "--agent", "世" * 40, "--", "true")
+    try:
+        with Command(daemon, *words, stderr=theirs, environ={"TERM": "xterm"}):
+            os.close(theirs)
+            seen = b""
+            while seen.count(b"\r\x1b[K") < 2:
+                seen += os.read(ours, 65_536)
+    finally:
+        os.close(ours)
+    line = seen.split(b"\r\x1b[K")[1].decode()
+    assert line.startswith("gpuorch: waiting for 4 GiB as 世世")
+    # The last column stays free: writing to it wraps on some terminals.
+    assert 50 < cells(line) < 60
 
 
 def _rest(fd: int) -> bytes:

@@ -131,5 +131,6 @@ def test_a_command_that_waits_for_its_lease_waits_on_through_a_restart(tmp_path:
         holding = Holding(daemon.path, 5.0)
         decision = holding.ask({"agent": "run", "wait_s": 60}, lambda _: None, lambda: None)
         assert decision.granted
-        os.close(holding.seal(None))
+        holding.seal(None)
+        os.close(holding.hand_on())
         assert decision.live

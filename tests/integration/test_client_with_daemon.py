@@ -48,6 +48,23 @@ def agents_holding(path: str) -> list[str]:
     return [one["agent"] for one in held if one["state"] == "active"]
 
 
+def test_the_socket_may_be_named_by_a_path(daemon: DaemonProcess) -> None:
+    with libclient.lease("analyst", "2GiB", socket=daemon.socket) as lease:
+        assert lease.granted
+    assert libclient.gpu_info(daemon.socket)["available"]
+    assert libclient.get_policy(daemon.socket)["reachable"]
+
+
+def test_an_event_can_be_waited_for_as_long_as_one_likes(client: libclient.Client) -> None:
+    stream = client.events(["policy"])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(stream.next, 1e19)
+        # Read without the lock that guards it: seen a moment later does no harm here.
+        wait_for(lambda: waiting.done() or stream._subscription.waiting is not None, "it waits")
+        client.call("policy_set", changes={"default_memory_mb": 1_024})
+        assert waiting.result(20)["event"] == "policy.changed"
+
+
 def test_a_lease_holds_memory_until_its_block_ends(client: libclient.Client, path: str) -> None:
     with client.lease("analyst", "2GiB", purpose="test", labels={"run": "7"}) as lease:
         assert lease.granted

@@ -73,6 +73,14 @@ def test_a_damaged_file_is_set_aside_with_a_loud_message(tmp_path: Path) -> None
         assert Path(event["kept_as"]).read_text() == damaged
         with daemon.client() as client:
             assert client.ask("policy_get")["policy"]["default_memory_mb"] == 2_048
+            ready = client.ask("ready")
+            assert ready["ready"] is False
+            assert event["kept_as"] in ready["checks"]["settings"]["detail"]
+            assert "gpu_orchestrator_settings_damaged 1.0" in client.ask("metrics")["text"]
+        set_policy(daemon, default_memory_mb=1_234)
+        with daemon.client() as client:
+            assert client.ask("ready")["ready"] is True
+            assert "gpu_orchestrator_settings_damaged 0.0" in client.ask("metrics")["text"]
 
 
 def test_the_settings_are_for_the_daemon_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import stat
@@ -17,6 +18,7 @@ import pytest
 from tests.support.daemon_process import (
     ROOT,
     DaemonProcess,
+    LineClient,
     running_daemon,
     wait_until,
 )
@@ -247,13 +249,52 @@ def test_a_busy_http_port_costs_no_lease_is_told_and_is_taken_once_it_is_free(
             with daemon.client() as client:
                 assert client.ask("lease", agent="a", min_memory_mb=1_024)["granted"] is True
                 check = client.ask("ready")
-                assert check["ready"] is False
+                assert check["ready"] is True
+                assert "not served" in check["checks"]["http"]["detail"]
                 assert str(port) in check["checks"]["http"]["detail"]
                 taken.close()
                 daemon.wait_for_log("http.bound")
-                assert client.ask("ready")["ready"] is True
+                assert "not served" not in client.ask("ready")["checks"]["http"]["detail"]
             assert len(daemon.logged("http.bind_failed")) == 1
             assert daemon.stop() == 0
+
+
+def close_standard_streams() -> None:
+    for number in range(3):
+        os.close(number)
+
+
+def test_standard_streams_that_are_closed_are_nobody_elses(tmp_path: Path) -> None:
+    flags = ("--socket", str(tmp_path / "s"), "--state-dir", str(tmp_path / "state"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpuorchd", *SIMULATED, *flags, "--http-port", "0"],
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        preexec_fn=close_standard_streams,
+    )
+    try:
+        wait_until((tmp_path / "s").exists, "the socket")
+        streams = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+        assert streams == [os.devnull] * 3
+        with LineClient(tmp_path / "s") as client:
+            assert client.ask("lease", agent="a", min_memory_mb=1)["granted"]
+        process.terminate()
+        assert process.wait(STOP_PROMISE_S) == 0
+        # What was once the log's descriptor may have been the lock's.
+        assert (tmp_path / "state" / "lock").read_text() == f"{process.pid}\n"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_bad_value_is_told_by_its_code_where_nobody_can_be_told_more(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gpuorchd", "--http-port", "nonsense"],
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        preexec_fn=close_standard_streams,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 2
 
 
 def test_the_command_says_what_is_missing_where_the_daemon_is_not_installed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gpuorchd.observe.metric_table import TABLE
 from tests.support.daemon_process import DaemonProcess, running_daemon, wait_until
 from tests.support.http_client import Answer, fetch, request_bytes
 
@@ -36,6 +38,15 @@ class Port:
                 name = sample.name.removeprefix("gpu_orchestrator_")
                 found[name, sample.labels.get("outcome", "")] = sample.value
         return found
+
+    def counts(self, metric: str, label: str) -> dict[str, float]:
+        """Read one metric by one of its labels."""
+        return {
+            sample.labels.get(label, ""): sample.value
+            for family in text_string_to_metric_families(self.get("/metrics").body.decode())
+            for sample in family.samples
+            if sample.name == f"gpu_orchestrator_{metric}"
+        }
 
 
 @contextmanager
@@ -70,6 +81,45 @@ def test_a_lease_is_to_be_seen_and_its_token_is_not(tmp_path: Path) -> None:
         (granted,) = port.daemon.logged("lease.granted")
         assert granted["agent"] == "scout"
         assert granted["cause_id"] > 0
+
+
+# What simulated cards have no value for: nobody asks a driver, and none has failed.
+OF_DRIVERS = {
+    "gpu_orchestrator_gpu_utilization_ratio",
+    "gpu_orchestrator_gpu_memory_utilization_ratio",
+    "gpu_orchestrator_gpu_temperature_celsius",
+    "gpu_orchestrator_gpu_power_watts",
+    "gpu_orchestrator_nvml_error_info",
+    "gpu_orchestrator_nvml_call_duration_seconds",
+    "gpu_orchestrator_nvml_call_failures_total",
+}
+
+
+def test_a_daemon_that_was_just_started_has_every_metric_of_the_table(tmp_path: Path) -> None:
+    with port_of_daemon(tmp_path, *CARD) as port, port.daemon.client() as client:
+        assert client.ask("lease", agent="scout", min_memory_mb=1)["granted"]
+        page = port.get("/metrics").body.decode()
+    exported = set(re.findall(r"^# TYPE (\S+)", page, re.MULTILINE))
+    assert exported - set(TABLE) == set()
+    assert set(TABLE) - exported <= OF_DRIVERS
+    assert 'gpu_orchestrator_release_requests_total{outcome="ok"} 0.0' in page
+    assert 'gpu_orchestrator_events_total{event="daemon.started"} 1.0' in page
+
+
+def test_subscribers_lost_events_and_bounds_are_counted(tmp_path: Path) -> None:
+    flags = (*CARD, "--max-leases-per-connection", "2", "--max-subscriptions-per-connection", "1")
+    with port_of_daemon(tmp_path, *flags) as port, port.daemon.client() as client:
+        assert client.ask("subscribe", topics=["daemon"])["ok"]
+        for _ in range(2):
+            assert client.ask("lease", agent="scout", min_memory_mb=1)["granted"]
+        assert client.ask("lease", agent="scout", min_memory_mb=1)["error"]["code"] == "limit"
+        assert client.ask("subscribe")["error"]["code"] == "limit"
+        found = port.counts("limits_reached_total", "bound")
+        assert found["leases_per_connection"] == 1
+        assert found["subscriptions_per_connection"] == 1
+        assert found["connections"] == 0
+        assert port.counts("subscribers", "") == {"": 1}
+        assert port.counts("events_lost_total", "") == {"": 0}
 
 
 def test_a_post_is_shown_the_daemons_own_socket(tmp_path: Path) -> None:

@@ -92,9 +92,11 @@ class Served:
         """Answer a request."""
         self.send(id=request["id"], ok=True, **fields)
 
-    def refuse(self, request: dict[str, Any], code: str, message: str = "no") -> None:
+    def refuse(
+        self, request: dict[str, Any], code: str, message: str = "no", *, retryable: bool = False
+    ) -> None:
         """Answer a request with an error."""
-        error = {"code": code, "message": message, "retryable": False}
+        error = {"code": code, "message": message, "retryable": retryable}
         self.send(id=request["id"], ok=False, error=error)
 
     def event(self, name: str, **fields: object) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from libclient.cli.changes import Change, differences, read_change, show_value, together
+from libclient.cli.changes import (
+    Change,
+    differences,
+    explain_value,
+    named,
+    read_change,
+    show_value,
+    together,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +96,44 @@ def test_what_differs_is_named_as_it_would_be_changed() -> None:
     assert show_value("max_memory_per_agent_mb", 0) == "0"
     assert show_value("drain_timeout_s", 90.0) == "1m30s"
     assert show_value("safe_mode", None) == "null"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({}, {"a": {"gpu": False}}, {"agents.a.gpu": (None, False)}),
+        ({"a": {"gpu": False}}, {}, {"agents.a.gpu": (False, None)}),
+        ({"a": {}}, {"a": {"gpu": False}}, {"agents.a.gpu": (None, False)}),
+        ({"a": {"gpu": False}}, {"a": {}}, {"agents.a.gpu": (False, None)}),
+        ({}, {"a": {}}, {"agents.a": (None, {})}),
+        ({"a": {}}, {}, {"agents.a": ({}, None)}),
+        (
+            {"a": {}},
+            {"a.b": {"gpu": False}},
+            {"agents.a": ({}, None), "agents.a.b.gpu": (None, False)},
+        ),
+        ({}, {}, {}),
+    ],
+)
+def test_only_what_changed_is_shown_as_changed(
+    before: dict[str, object], after: dict[str, object], told: dict[str, object]
+) -> None:
+    assert differences({"agents": before}, {"agents": after}) == told
+
+
+def test_what_can_be_changed_by_a_name_can_be_asked_for_by_it() -> None:
+    policy = {"default_memory_mb": 2048, "agents": {"a": {"gpu": False}, "b.c": {}}}
+    assert named(policy) == {
+        "default_memory_mb": 2048,
+        "agents": policy["agents"],
+        "agents.a": {"gpu": False},
+        "agents.a.gpu": False,
+        "agents.b.c": {},
+    }
+
+
+def test_a_cap_of_nothing_is_shown_as_no_cap() -> None:
+    assert explain_value("max_memory_per_agent_mb", 0) == "0 (no cap)"
+    assert explain_value("agents.a.max_memory_mb", 0) == "0 (no cap)"
+    assert explain_value("max_memory_per_agent_mb", 4096) == "4GiB"
+    assert explain_value("default_memory_mb", 0) == "0"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from libclient.cli.faults import CannotRun
 from libclient.cli.naming import agent_name, service_name
 from libclient.cli.progress import describe
-from libclient.cli.running import CannotRun, environment, find
+from libclient.cli.running import environment, find
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libclient.cli.lists import gpu_rows, lease_rows, memory_bar, memory_parts
+from libclient.cli.lists import (
+    LEASE_COLUMNS,
+    gpu_rows,
+    lease_rows,
+    memory_bar,
+    memory_parts,
+)
+from libclient.cli.looking import daemon_lines
 from libclient.cli.screen import Screen
-from libclient.cli.tables import Cell, Column, bar_lengths, table
+from libclient.cli.tables import Cell, Column, bar_lengths, flow, table
 from libclient.cli.text import cells, coloured, cut, plain, safe
 
 HOSTILE = "evil\x1b[2J\x07\r\n\u202etxt\x9b"
@@ -54,6 +61,45 @@ def test_a_narrow_table_cuts_names_first_then_leaves_columns_out() -> None:
     assert table(columns, rows, None, plain)[1] == "a-very-long-name  10GiB  more"
     assert table(columns, rows, 22, plain)[1] == "a-very-…  10GiB  more"
     assert table(columns, rows, 15, plain)[1] == "a-very-…  10GiB"
+
+
+def test_what_only_goes_with_a_row_is_left_out_before_a_name_is_cut() -> None:
+    lease = {"agent": "a-name-of-30-characters-exactly", "gpus": [{"index": 0, "memory_mb": 4096}],
+             "used_mb": 2048, "state": "active", "priority": "normal", "pid": 1, "uid": 0,
+             "lease_id": "0123abcd-1", "purpose": "the nightly run of all articles"}  # fmt: skip
+    rows = lease_rows([lease])
+    whole = table(LEASE_COLUMNS, rows, None, plain)
+    width = cells(whole[1])
+    seen = set()
+    for narrower in range(width - 1, 60, -1):
+        titles, row = table(LEASE_COLUMNS, rows, narrower, plain)
+        assert cells(row) <= narrower
+        extra = {"USER", "LEASE", "PURPOSE"} & set(titles.split())
+        seen.add(len(extra))
+        assert row.startswith("a-name-of-30-characters-exactly") or not extra
+    assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, None])
+def test_the_head_of_status_fits_the_terminal(width: int | None) -> None:
+    seen = {
+        "daemon": {"version": "1.2.3", "socket": "/run/justnews/" + "x" * 40, "safe_mode": True},
+        "ready": {"ready": False, "checks": {"nvml": {"ok": False, "detail": "why " * 20}}},
+        "gpu_info": {"gpus": [{}, {}], "mps_enabled": True, "sampled_s": 0.4},
+    }
+    lines = daemon_lines(Screen(), seen, width)
+    assert width is None or max(map(cells, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    assert "gpuorchd 1.2.3 not ready" in text
+    assert "2 GPUs MPS read 400ms ago" in text
+    assert ("nvml: " + "why " * 20).strip() in text
+    assert text.startswith("SAFE_MODE is on")
+
+
+@given(st.lists(st.text("aé世 ", max_size=12), max_size=8), st.integers(3, 30))
+def test_what_flows_over_lines_fits_each_of_them(texts: list[str], width: int) -> None:
+    lines = flow([Cell(text) for text in texts], width, plain)
+    assert all(cells(line) <= width for line in lines)
 
 
 @given(st.lists(st.integers(0, 100_000), max_size=6), st.integers(6, 80))

@@ -54,6 +54,28 @@ def test_a_size_beyond_the_contract_names_its_limit() -> None:
         parse_memory(math.inf)
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["9" * 5_000, "9" * 400 + "GiB", 10**5_000, -(10**5_000)],
+    ids=["number", "unit", "int", "negative"],
+)
+def test_a_size_of_endless_digits_is_refused_like_any_other(value: str | int) -> None:
+    with pytest.raises(ValueError, match="memory") as refused:
+        parse_memory(value)
+    assert len(str(refused.value)) < 250
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["9" * 400, "9" * 5_000 + "s", "9" * 400 + "d", 10**5_000],
+    ids=["number", "unit", "days", "int"],
+)
+def test_a_duration_of_endless_digits_is_refused_like_any_other(value: str | int) -> None:
+    with pytest.raises(ValueError, match="duration") as refused:
+        parse_duration(value)
+    assert len(str(refused.value)) < 250
+
+
 @pytest.mark.parametrize("value", [True, None, b"4GiB", [4]])
 def test_what_is_no_size_at_all_is_a_type_error(value: object) -> None:
     with pytest.raises(TypeError, match="memory has to be"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,18 @@ def test_without_a_state_folder_it_is_that_of_the_user(monkeypatch: pytest.Monke
     assert read_config({}, {"XDG_STATE_HOME": "/xdg"}).config.state_dir == Path("/xdg/gpuorchd")
     assert read_config({}, {"XDG_STATE_HOME": "not/absolute"}).config.state_dir == own
     assert read_config({}, {}).config.state_dir == own
+
+
+def test_without_a_home_the_state_folder_has_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_uid: int) -> None:
+        raise KeyError("of the test")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(ConfigError, match="--state-dir") as refused:
+        read_config({}, {})
+    assert str(refused.value).count("\n") == 0
+    assert read_config({"state_dir": "/s"}, {}).config.state_dir == Path("/s")
 
 
 def test_a_misspelt_variable_is_warned_of_with_the_nearest_name() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from gpuorchd.core import effects as fx
@@ -140,3 +142,31 @@ def test_an_earlier_reading_does_not_replace_a_later_one(machine: Machine) -> No
     late = Reading(CARD.uuid, 10_000, 0)
     machine.handle(ev.ReadingsTaken(SECOND, (late,)), 2 * SECOND)
     assert ask(machine, FIRST, 1_001, at_ns=2 * SECOND) is Note.INSUFFICIENT_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("asked", "capped_mb", "says"),
+    [
+        (Ask("analyst", 9_000), 0, "to be had of"),
+        (Ask("analyst", 20_000), 0, "the whole GPU has"),
+        (Ask("analyst", 4_000), 3_000, "may have"),
+        (Ask("analyst", 2_000), 3_000, "asked and"),
+        (Ask("analyst", exclusive=True), 0, "leased and"),
+    ],
+)
+def test_every_amount_in_a_reason_has_its_unit(
+    machine: Machine, asked: Ask, capped_mb: int, says: str
+) -> None:
+    read(machine, 7_000, ProcessUse(ProcessKey(9, 9), 3_000))
+    assert ask(machine, FIRST, 2_000) == "granted"
+    if capped_mb:
+        changes = {"max_memory_per_agent_mb": capped_mb}
+        machine.handle(ev.PolicyChangeAsked(FIRST, 2, changes, None, {}), SECOND)
+        machine.handle(ev.SettingsPersisted(), SECOND)
+    effects = machine.handle(ev.LeaseAsked(SECOND_ONE, 3, asked, Token("t")), SECOND)
+    (denial,) = (effect.denial for effect in effects if isinstance(effect, fx.AnswerDenial))
+    (reason,) = denial.reasons
+    assert says in reason.detail
+    amounts = re.findall(r"\d{2,}\S*( \w+)?", reason.detail)
+    assert amounts
+    assert set(amounts) == {" MiB"}, reason.detail

@@ -233,6 +233,56 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_folder_that_cannot_be_synced_undoes_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(path, b"old")
+    fsync = os.fsync
+
+    def fail_on_folders(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fail_on_folders)
+    # Said to have failed, it would be there at the next start all the same.
+    fault = write_atomically(path, b"new")
+    assert fault is not None
+    assert fault.strerror == "Input/output error"
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("cut", "last_env", "env", "boot", "expected"),
+    [
+        pytest.param(10, None, None, BOOT, True, id="no longer JSON"),
+        pytest.param(0, None, None, BOOT, True, id="JSON of another version"),
+        pytest.param(0, True, True, BOOT, True, id="as the environment has it"),
+        pytest.param(0, False, False, BOOT, True, id="set at run time, the environment as before"),
+        pytest.param(0, False, False, "another boot", False, id="a cold start: environment wins"),
+        pytest.param(0, None, False, BOOT, False, id="a changed environment wins"),
+        pytest.param(55, None, False, BOOT, True, id="what is not told counts for what is safe"),
+    ],
+)
+def test_safe_mode_stays_on_where_a_damaged_file_still_says_so(
+    path: Path, cut: int, last_env: bool | None, env: bool | None, boot: str, expected: bool
+) -> None:
+    keep(path, run_time=True, env=last_env)
+    change(path, version=99)
+    text = path.read_bytes()
+    path.write_bytes(text[: len(text) - cut])
+    kept = load_settings(path, env, boot)
+    assert kept.set_aside is not None
+    assert kept.safe_mode is expected
+    assert kept.policy == Policy()
+
+
+@pytest.mark.parametrize("text", [b"", b"garbage", b'{"safe_mode": false}', b'{"a": "safe_mode"}'])
+def test_a_damaged_file_that_does_not_say_so_turns_nothing_on(path: Path, text: bytes) -> None:
+    path.write_bytes(text)
+    assert load_settings(path, None, BOOT).safe_mode is False
+
+
 def test_the_file_is_replaced_only_once_its_bytes_are_on_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

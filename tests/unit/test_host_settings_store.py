@@ -198,6 +198,42 @@ def test_a_damaged_file_is_reported_with_both_names(tmp_path: Path) -> None:
     assert str(fields["kept_as"]).startswith(f"{tmp_path / FILE_NAME}.damaged-")
 
 
+async def test_damage_is_told_until_the_policy_is_changed(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("garbage")
+    told = Told()
+
+    async def damage_around(revision: int) -> list[str | None]:
+        """What is told at a start, and after a change to `revision`."""
+        store = open_store(tmp_path, told)
+        found = [store.damage]
+        store.persist(effect(revision), told.events.append)
+        await store.close()
+        return [*found, store.damage]
+
+    # A cordon is kept too, without a new revision, and says nothing about the policy.
+    first, after_cordon = await damage_around(1)
+    assert first is not None
+    assert "set aside as" in first
+    assert after_cordon == first
+    assert await damage_around(2) == [first, None], "a restart alone has mended nothing"
+    assert await damage_around(3) == [None, None]
+
+
+async def test_a_folder_that_cannot_be_synced_is_a_warning_and_the_change_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    store = open_store(tmp_path, told)
+    monkeypatch.setattr(
+        settings_store, "write_atomically", lambda path, data: OSError(5, "Input/output error")
+    )
+    store.persist(effect(2), told.events.append)
+    await store.close()
+    assert told.events == [SettingsPersisted()]
+    assert [name for name, _ in told.reports] == ["host.settings_unsynced"]
+    assert store.failure is None
+
+
 async def test_a_folder_has_one_owner(tmp_path: Path) -> None:
     told = Told()
     store = open_store(tmp_path, told)

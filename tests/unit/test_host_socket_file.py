@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gpuorchd.host.lock import hold_lock
 from gpuorchd.host.socket_file import PATH_BYTES_MAX, SocketFile, claim_socket
 from gpuorchd.host.start import StartError
 
@@ -190,3 +191,17 @@ def test_a_second_release_does_nothing(claimed: SocketFile) -> None:
     leave_stale_socket(claimed.path)
     claimed.release()
     assert claimed.path.exists()
+
+
+def test_a_lock_that_cannot_be_written_stops_the_start_and_is_given_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    lock = path.with_name("lock")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StartError, match=r"cannot write the lock file .*: No space left"):
+            hold_lock(lock, path)
+    hold_lock(lock, path).release()

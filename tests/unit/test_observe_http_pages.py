@@ -210,3 +210,16 @@ async def test_a_bug_in_a_page_is_told_and_answered(engine: ObservedEngine) -> N
     ((event, fields),) = port.reports
     assert event == "http.request_failed"
     assert "KeyError" in str(fields["error"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/metrics", "/health", "/ready", "/gpu/info", "/policy", "/allocations"]
+)
+async def test_a_query_field_that_a_page_does_not_have_is_refused_on_every_page(path: str) -> None:
+    page = await Port(pages_of(ObservedEngine())).get(path, query={"colour": "red"})
+    assert page.status == 400
+    error = json.loads(page.body)["error"]
+    assert error["code"] == "bad_request"
+    assert "'colour'" in error["message"]
+    assert ("limit" if path == "/allocations" else "none") in error["message"]
+    assert (await Port(pages_of(ObservedEngine())).get(path)).status == 200

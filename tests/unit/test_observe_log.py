@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,32 @@ def test_an_announced_lease_is_logged_with_the_turn_that_caused_it(pipe: Pipe) -
     assert granted["cause_id"] == turn
     assert released["cause_id"] == draining["cause_id"] == turn + 1
     assert str(granted["timestamp"]).endswith("Z")
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gpuorchd.observe.log_lines", None)
+
+
+@pytest.mark.usefixtures("no_library")
+def test_without_its_library_the_log_is_plain_and_says_so(pipe: Pipe) -> None:
+    log = Log(form="json", fd=pipe.writer)
+    log.event("daemon.stopped")
+    log.close()
+    stopped, failed = pipe.entries()
+    assert (stopped["event"], stopped["level"]) == ("daemon.stopped", "info")
+    assert (failed["event"], failed["level"]) == ("log.library_failed", "error")
+    assert "log_lines" in str(failed["error"])
+
+
+@pytest.mark.usefixtures("no_library")
+async def test_without_its_library_the_log_is_written_while_the_daemon_runs(pipe: Pipe) -> None:
+    log = Log(form="journal", fd=pipe.writer)
+    log.start(asyncio.get_running_loop())
+    log.event("daemon.stopped")
+    await until(lambda: "log.library_failed" in pipe.drain())
+    assert pipe.drain().splitlines()[0].startswith('<6>{"event": "daemon.stopped"')
+    log.close()
 
 
 def test_nothing_is_written_before_the_log_is_started_and_nothing_is_lost(pipe: Pipe) -> None:

@@ -64,6 +64,7 @@ def full_sources() -> Sources:
         subscribers=lambda: 6,
         events_lost=lambda: 7,
         limits_reached=lambda: {"leases_per_uid": 8},
+        settings_damaged=lambda: False,
         driver_status=Status,
         telemetry=lambda: {"GPU-0": Telemetry()},
         driver_calls=lambda: {"nvmlInit": Calls((1, 2, 3), 9_000_000, 2)},
@@ -230,6 +231,18 @@ async def test_a_thousand_hostile_agent_names_are_65_series_and_change_no_other(
         assert sum(agents.values()) == 1_001 * MIB, "what has no series of its own is in other"
         assert "forged" not in found
     assert len(metrics.counts.agents) == 64
+
+
+async def test_agents_that_come_and_go_do_not_make_ever_more_series() -> None:
+    engine = ObservedEngine()
+    metrics = Metrics(engine, Sources())
+    seen: set[Labels] = set()
+    for number in range(150):
+        engine.release(engine.ask(f"passing{number}", 1))
+        conn = engine.ask(f"staying{number}", 1)
+        seen |= set((await samples(metrics))["agent_leased_bytes"])
+        engine.release(conn)
+    assert len(seen) <= 65
 
 
 async def test_a_roster_keeps_its_series_through_a_flood_of_other_names() -> None:

@@ -21,29 +21,34 @@ def test_a_duration_counts_in_the_first_bucket_that_holds_it() -> None:
     assert histogram.sum_ns == 23 * MS + 1
 
 
+IDLE_NS = 3_600_000 * MS
+
+
 def test_a_name_keeps_its_place_and_a_flood_shares_the_rest() -> None:
-    names = BoundedNames(2)
-    assert names.assign(["a", "b", "c"]) == {"a": "a", "b": "b", "c": "other"}
-    assert names.assign([f"flood{n}" for n in range(1_000)] + ["b", "a"])["a"] == "a"
+    names = BoundedNames(2, IDLE_NS)
+    assert names.assign(["a", "b", "c"], 0) == {"a": "a", "b": "b", "c": "other"}
+    assert names.assign([f"flood{n}" for n in range(1_000)] + ["b", "a"], 1)["a"] == "a"
     assert len(names) == 2
 
 
-def test_a_place_goes_to_a_new_name_only_when_its_own_is_no_longer_live() -> None:
-    names = BoundedNames(2)
-    names.assign(["a", "b"])
-    names.assign(["b"])
-    assert names.names() == ["a", "b"], "an idle name keeps its place while nobody wants it"
-    assert names.assign(["b", "c"]) == {"b": "b", "c": "c"}
-    assert names.assign(["a", "b", "c"])["a"] == "other"
+def test_a_place_is_free_again_only_when_its_name_has_long_been_idle() -> None:
+    names = BoundedNames(2, IDLE_NS)
+    names.assign(["a", "b"], 0)
+    assert names.assign(["b", "c"], IDLE_NS) == {"b": "b", "c": "other"}
+    assert names.names() == ["a", "b"]
+    assert names.assign(["b"], IDLE_NS + 1) == {"b": "b"}
+    assert names.names() == ["b"], "a name that is idle for long is shown no more"
+    assert names.assign(["b", "c"], IDLE_NS + 2) == {"b": "b", "c": "c"}
 
 
-def test_the_place_that_was_idle_longest_goes_first() -> None:
-    names = BoundedNames(3)
-    names.assign(["a", "b", "c"])
-    names.assign(["a", "c"])
-    names.assign(["c"])
-    assert names.assign(["c", "d"])["d"] == "d"
-    assert names.names() == ["a", "c", "d"]
+def test_names_that_come_and_go_stay_few_over_time() -> None:
+    names = BoundedNames(64, IDLE_NS)
+    seen = set()
+    for minute in range(24 * 60):
+        names.assign([f"made-up-{minute}"], minute * 60_000 * MS)
+        seen |= set(names.names())
+    # A place is given away once an hour at most.
+    assert len(seen) <= 64 * 25
 
 
 async def test_the_probe_sees_a_loop_that_was_held_up() -> None:
