@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from gpuorchd.core import placement
-from gpuorchd.core.model import Device, LeaseState, Waiter
+from gpuorchd.core.model import Device, LeaseState, Priority, Waiter
 from gpuorchd.core.state import State
 
 HELD = (LeaseState.ACTIVE, LeaseState.REVOKING)
@@ -116,7 +116,9 @@ def _check_queue(state: State, now_ns: int) -> None:
     order = [(waiter.priority, waiter.number) for waiter in waiting]
     assert order == sorted(order), "the queue is out of order"
     taken = placement.NOBODY
-    for waiter in waiting:
-        found = placement.place(state, waiter.ask, waiter.holder.process, now_ns, taken)
-        assert not isinstance(found, placement.Plan), f"{waiter.queue_id} could be served"
-        taken |= found.wanted
+    for priority in Priority:
+        for waiter in state.queue.lane(priority):
+            found = placement.place(state, waiter.ask, waiter.holder.process, now_ns, taken)
+            assert not isinstance(found, placement.Plan), f"{waiter.queue_id} could be served"
+            taken |= found.wanted
+        assert taken == state.wanted[priority], "GPUs are kept for those who wait for them"

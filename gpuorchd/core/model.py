@@ -258,6 +258,9 @@ class Waiter:
     # The position its owner knows, and when it was told.
     told_position: int = 0
     told_ns: int = 0
+    # The GPUs that it chooses from, and the list of present ones that this was found in.
+    chosen: frozenset[DeviceUuid] = frozenset()
+    chosen_of: tuple[Device, ...] | None = None
 
     @property
     def queue_id(self) -> str:

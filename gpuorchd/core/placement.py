@@ -60,6 +60,8 @@ class Want(NamedTuple):
     exclusive: bool
     cap_mb: int
     now_ns: int
+    # Whether a denial says when room is to be expected, which costs more than to find it out.
+    estimate: bool
 
 
 class Offer(NamedTuple):
@@ -111,8 +113,13 @@ def place(
     process: ProcessKey,
     now_ns: int,
     taken: frozenset[DeviceUuid] = NOBODY,
+    *,
+    estimate: bool = True,
 ) -> Plan | Denial:
-    """Decide one request of a holder. Others have first claim to the GPUs in `taken`."""
+    """Decide one request of a holder. Others have first claim to the GPUs in `taken`.
+
+    Without `estimate` a denial has no `eta_ns`: for those who only ask whether.
+    """
     policy = state.policy
     rule = policy.rule(ask.agent)
     hopeless = _host_obstacle(state, ask, gpu_allowed=rule.gpu)
@@ -127,6 +134,7 @@ def place(
         ask.exclusive,
         policy.cap_mb(rule),
         now_ns,
+        estimate,
     )
     offers: list[Offer] = []
     obstacles: list[Obstacle] = []
@@ -146,6 +154,42 @@ def place(
         tuple(offer.memory_mb for offer in offers),
         tuple(offer.charge_mb for offer in offers),
         want.whole,
+    )
+
+
+def shape(state: State, ask: Ask, process: ProcessKey) -> object:
+    """Name what `place` looks at in a request besides its bytes, the same for requests alike.
+
+    Of two requests with one shape, the one for more bytes gets no more, and keeps no other GPUs
+    from those behind it. Who holds nothing and has no cap is like anybody else.
+    """
+    policy = state.policy
+    rule = policy.rule(ask.agent)
+    whole = ask.exclusive or not policy.allow_fractional_shares
+    holds = whole or any(process in device.holdings for device in state.order)
+    return (
+        id(rule),
+        ask.agent if policy.cap_mb(rule) else None,
+        process if holds else None,
+        # The default is one amount for all who name none.
+        ask.memory_mb == 0,
+        ask.gpus,
+        ask.exclusive,
+        ask.devices,
+    )
+
+
+def chosen(state: State, ask: Ask) -> frozenset[DeviceUuid]:
+    """Name the present GPUs that a request chooses from."""
+    return frozenset(device.facts.uuid for device in _candidates(state, ask))
+
+
+def closed(state: State, now_ns: int) -> frozenset[DeviceUuid]:
+    """Name the present GPUs that serve nobody, and that nobody keeps from others, by their state."""
+    return frozenset(
+        device.facts.uuid
+        for device in state.order
+        if device.cordon is not None or unreadable(state, device, now_ns) is not None
     )
 
 
@@ -297,7 +341,7 @@ def _deny(
     waited_for += [o.device for o in possible if o.note in MEMORY_NOTES]
     wanted = frozenset(device.facts.uuid for device in waited_for)
     eta_ns = None
-    if note is Note.INSUFFICIENT_MEMORY:
+    if want.estimate and note is Note.INSUFFICIENT_MEMORY:
         eta_ns = forecast.eta_ns(
             state, want.process, want.memory_mb, want.whole, waited_for, ask.gpus, want.now_ns
         )

@@ -87,7 +87,12 @@ def end_wait(state: State, waiter: Waiter, note: Note, now_ns: int, out: list[Ef
     reasons: tuple[Reason, ...] = ()
     if not state.safe_mode:
         found = placement.place(
-            state, waiter.ask, waiter.holder.process, now_ns, state.wanted[waiter.priority]
+            state,
+            waiter.ask,
+            waiter.holder.process,
+            now_ns,
+            state.wanted[waiter.priority],
+            estimate=False,
         )
         if isinstance(found, Denial):
             reasons = found.reasons
@@ -110,20 +115,33 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     """
     thorough = state.upheaval
     state.unsettled = state.upheaval = False
-    everything = frozenset(device.facts.uuid for device in state.order)
+    order = state.order
+    everything = frozenset(device.facts.uuid for device in order)
+    closed = placement.closed(state, now_ns)
     taken: frozenset[DeviceUuid] = placement.NOBODY
+    # Where nobody who comes from here on gets anything, nor has anything to keep from others.
+    shut = closed
     wanted: list[frozenset[DeviceUuid]] = []
     served: list[Waiter] = []
     hopeless: list[tuple[Waiter, Denial]] = []
-    failed: dict[object, Denial] = {}
+    # Within a pass room only shrinks: what failed once fails again, and so does more of it.
+    failed: dict[object, int] = {}
     for priority in Priority:
         for waiter in state.queue.lane(priority):
-            if not thorough and everything and taken >= everything:
-                break
-            # Within a pass room only shrinks: what failed once fails again.
-            shape = (waiter.ask._replace(wait_ns=0), waiter.holder.process)
-            found = failed.get(shape) or placement.place(
-                state, waiter.ask, waiter.holder.process, now_ns, taken
+            if not thorough:
+                if shut >= everything:
+                    break
+                if waiter.chosen_of is not order:
+                    waiter.chosen = placement.chosen(state, waiter.ask)
+                    waiter.chosen_of = order
+                if waiter.chosen <= shut:
+                    continue
+            shape = placement.shape(state, waiter.ask, waiter.holder.process)
+            memory_mb = waiter.ask.memory_mb
+            if not thorough and failed.get(shape, memory_mb + 1) <= memory_mb:
+                continue
+            found = placement.place(
+                state, waiter.ask, waiter.holder.process, now_ns, taken, estimate=False
             )
             if isinstance(found, placement.Plan):
                 leases.grant(state, waiter, found, now_ns, out)
@@ -131,8 +149,9 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
             elif found.final:
                 hopeless.append((waiter, found))
             else:
-                failed[shape] = found
+                failed[shape] = memory_mb
                 taken |= found.wanted
+                shut = taken | closed
         wanted.append(taken)
     state.wanted = tuple(wanted)
     for waiter in served:
