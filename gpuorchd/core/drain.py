@@ -57,6 +57,7 @@ def arrive(state: State, conn: ConnectionId, peer: Peer) -> None:
         for device in state.devices.values():
             if device.reading is not None:
                 _attribute(state, device, device.reading)
+                state.unsettled = True
     holder.clients += 1
     client = state.clients[conn] = Client(conn, peer, holder)
     state.changed_clients[conn] = client
@@ -155,6 +156,8 @@ def process_ended(state: State, process: ProcessKey, now_ns: int, out: list[Effe
         holder.alive = False
         touched.update(holder.leases)
     read = False
+    # What is left of a lease may be its holder's own now, to lease again.
+    state.unsettled = state.unsettled or bool(touched)
     for lease in touched.values():
         if not lease.holder.alive and not lease.others:
             lease.gone_ns = now_ns
@@ -366,6 +369,7 @@ def _drop_holder(state: State, holder: Holder, out: list[Effect]) -> None:
         return
     del state.holders[holder.process]
     for device in state.devices.values():
-        ledger.forget(device, holder.process)
+        if ledger.forget(device, holder.process):
+            state.unsettled = True
     if holder.process not in state.watched:
         out.append(ForgetProcess(holder.process))

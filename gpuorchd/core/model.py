@@ -337,7 +337,7 @@ class Device:
     parts: dict[LeaseId, Part] = field(default_factory=dict)
     # What counts against each agent's cap here: its live leases.
     charges: dict[str, int] = field(default_factory=dict)
-    # The lease that has taken the whole GPU, until its bytes are back.
+    # The live lease that has taken the whole GPU.
     exclusive: LeaseId | None = None
 
     @property

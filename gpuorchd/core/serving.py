@@ -110,8 +110,8 @@ def nobody_waits(state: State) -> None:
 def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     """Serve whoever can be served, in order, and note which GPUs are waited for.
 
-    Leaves `unsettled` set where another pass may serve more: a grant that takes its agent to its
-    cap frees what another request of that agent kept from those behind it.
+    Leaves `unsettled` set where another pass may serve more or keep other GPUs: a grant that takes
+    its agent to its cap frees what another request of that agent kept from those behind it.
     """
     thorough = state.upheaval
     state.unsettled = state.upheaval = False
@@ -154,11 +154,12 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
                 shut = taken | closed
         wanted.append(taken)
     state.wanted = tuple(wanted)
+    again = state.unsettled
     for waiter in served:
         dequeue(state, waiter)
     for waiter, denial in hopeless:
         answer(state, waiter, denial, now_ns, out)
-    state.unsettled = any(leases.is_capped(state, waiter.ask.agent) for waiter in served)
+    state.unsettled = again
     _plan_positions(state, now_ns)
     _plan_stale(state, now_ns)
 
