@@ -52,15 +52,29 @@ def arrive(state: State, conn: ConnectionId, peer: Peer) -> None:
     """Note a connection that is about to ask, and the process behind it."""
     holder = state.holders.get(peer.process)
     if holder is None:
-        holder = Holder(peer.process, peer.uid, peer.unit, peer.alive)
-        state.holders[peer.process] = holder
-        for device in state.devices.values():
-            if device.reading is not None:
-                _attribute(state, device, device.reading)
-                state.unsettled = True
+        holder = _take_in(state, peer)
     holder.clients += 1
     client = state.clients[conn] = Client(conn, peer, holder)
     state.changed_clients[conn] = client
+
+
+def _take_in(state: State, peer: Peer) -> Holder:
+    """Make a process a holder; what the newest readings show of it and its children is its own now.
+
+    All else stays where the reading found it: who has died since is not looked for again.
+    """
+    moved = []
+    for device in state.devices.values():
+        for use in device.reading.processes if device.reading is not None else ():
+            if peer.process == use.process or peer.process in use.ancestors:
+                moved.append((device, use, ledger.owner(state, device, use)))
+    holder = Holder(peer.process, peer.uid, peer.unit, peer.alive)
+    state.holders[peer.process] = holder
+    for device, use, before in moved:
+        if ledger.owner(state, device, use) is holder:
+            ledger.move_use(device, use, before, holder)
+            state.unsettled = True
+    return holder
 
 
 def leave(state: State, client: Client, out: list[Effect]) -> None:

@@ -61,6 +61,8 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
     )
     gave: list[Lease] = []
     for part in parts:
+        if state.waiters and ledger.adopts(part.device, lease.holder):
+            state.unsettled = True
         gave += ledger.take(lease, part)
         if plan.exclusive:
             part.device.exclusive = lease.lease_id
@@ -73,9 +75,7 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
     state.leases_by_uid[uid] = state.leases_by_uid.get(uid, 0) + 1
     if ttl_ns:
         state.deadlines.set((TTL, lease.lease_id), now_ns + ttl_ns)
-    if state.waiters:
-        # Its agent may have come to its cap; and what its process, or one of its service, used as a
-        # stranger comes back with this lease from now on.
+    if state.waiters and is_capped(state, asked.ask.agent):
         state.unsettled = True
     state.changed_leases[number] = lease
     out.append(AnswerGrant(lease))
@@ -83,6 +83,11 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
     for old in gave:
         state.changed_leases[old.number] = old
         drain.finish_if_empty(state, old, now_ns, out)
+
+
+def is_capped(state: State, agent: str) -> bool:
+    """Whether the agent's leases on one GPU are bounded together."""
+    return state.policy.cap_mb(state.policy.rule(agent)) > 0
 
 
 def granted_fields(lease: Lease) -> Mapping[str, object]:

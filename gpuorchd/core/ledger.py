@@ -116,6 +116,20 @@ def claims(device: Device, process: ProcessKey) -> bool:
     return holding is not None and (holding.claim_mb or holding.draining_mb) > 0
 
 
+def adopts(device: Device, holder: Holder) -> bool:
+    """Whether a first lease of `holder` on `device` makes what strangers used there a lease's."""
+    if claims(device, holder.process):
+        return False
+    if holder.process in device.holdings:
+        return True
+    unit, reading = holder.unit, device.reading
+    return (
+        unit is not None
+        and reading is not None
+        and any(use.unit == unit for use in reading.processes)
+    )
+
+
 def reachable_mb(device: Device, process: ProcessKey) -> int:
     """Compute what `process` could have on `device` if all leases there ended.
 
@@ -305,6 +319,17 @@ def set_use(device: Device, process: ProcessKey, used_mb: int | None) -> None:
     holding.used_mb = used_mb
     device.unmet_mb += holding.unmet_mb - unmet_mb
     _tidy(device, process, holding)
+
+
+def move_use(device: Device, use: ProcessUse, giver: Holder | None, taker: Holder) -> None:
+    """Attribute what a process uses to another holder."""
+    if giver is not None:
+        giving = device.holdings.get(giver.process, NOTHING).used_mb
+        if giving is not None and use.used_mb is not None:
+            set_use(device, giver.process, max(0, giving - use.used_mb))
+    so_far_mb = device.holdings.get(taker.process, NOTHING).used_mb
+    unknown = so_far_mb is None or use.used_mb is None
+    set_use(device, taker.process, None if unknown else (so_far_mb or 0) + (use.used_mb or 0))
 
 
 def forget(device: Device, process: ProcessKey) -> bool:

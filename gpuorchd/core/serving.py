@@ -9,7 +9,7 @@ keeps nothing from anybody. A new request is decided by the same rule at its own
 
 from __future__ import annotations
 
-from gpuorchd.core import leases, placement
+from gpuorchd.core import leases, ledger, placement
 from gpuorchd.core.effects import Announce, AnswerDenial, Effect
 from gpuorchd.core.model import (
     NS_PER_S,
@@ -126,8 +126,11 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     hopeless: list[tuple[Waiter, Denial]] = []
     # Within a pass room only shrinks: what failed once fails again, and so does more of it.
     failed: dict[object, int] = {}
+    anew = False
     for priority in Priority:
         for waiter in state.queue.lane(priority):
+            if anew:
+                break
             if not thorough:
                 if shut >= everything:
                     break
@@ -144,6 +147,8 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
                 state, waiter.ask, waiter.holder.process, now_ns, taken, estimate=False
             )
             if isinstance(found, placement.Plan):
+                # Who waits ahead may wait for what is a lease's from now on, and keep it.
+                anew = any(ledger.adopts(device, waiter.holder) for device in found.devices)
                 leases.grant(state, waiter, found, now_ns, out)
                 served.append(waiter)
             elif found.final:
@@ -160,6 +165,7 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     for waiter, denial in hopeless:
         answer(state, waiter, denial, now_ns, out)
     state.unsettled = again
+    state.upheaval = anew and thorough
     _plan_positions(state, now_ns)
     _plan_stale(state, now_ns)
 

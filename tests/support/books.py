@@ -361,9 +361,13 @@ class Books:
             del self.leases[lease.lease_id]
             self._doubt(lease)
             self._told.clear()
-            if lease.seen:
-                for uuid in lease.shares:
-                    self.seats[uuid].doubtful = True
+            connected = any(peer.process == lease.holder for peer in self.peers.values())
+            if lease.seen or not connected:
+                # Whom they count to now is settled by the next reading.
+                for seat in self.seats.values():
+                    uses = seat.reading.processes if seat.reading is not None else ()
+                    if lease.seen or any(use.process == lease.holder for use in uses):
+                        seat.doubtful = True
 
     def find(self, facts: tuple[DeviceFacts, ...]) -> None:
         """Note the cards that are present now, all of them."""
