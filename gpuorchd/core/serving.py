@@ -115,8 +115,7 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     """
     thorough = state.upheaval
     state.unsettled = state.upheaval = False
-    order = state.order
-    everything = frozenset(device.facts.uuid for device in order)
+    everything = frozenset(device.facts.uuid for device in state.order)
     closed = placement.closed(state, now_ns)
     taken: frozenset[DeviceUuid] = placement.NOBODY
     # Where nobody who comes from here on gets anything, nor has anything to keep from others.
@@ -134,10 +133,7 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
             if not thorough:
                 if shut >= everything:
                     break
-                if waiter.chosen_of is not order:
-                    waiter.chosen = placement.chosen(state, waiter.ask)
-                    waiter.chosen_of = order
-                if waiter.chosen <= shut:
+                if _chosen(state, waiter) <= shut:
                     continue
             shape = placement.shape(state, waiter.ask, waiter.holder.process)
             memory_mb = waiter.ask.memory_mb
@@ -168,6 +164,14 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     state.upheaval = anew and thorough
     _plan_positions(state, now_ns)
     _plan_stale(state, now_ns)
+
+
+def _chosen(state: State, waiter: Waiter) -> frozenset[DeviceUuid]:
+    """Name the GPUs that a request chooses from; found out once for every list of them."""
+    if waiter.chosen_of is not state.order:
+        waiter.chosen = placement.chosen(state, waiter.ask)
+        waiter.chosen_of = state.order
+    return waiter.chosen
 
 
 def _plan_positions(state: State, now_ns: int) -> None:

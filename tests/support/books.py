@@ -315,7 +315,10 @@ class Books:
                     continue
                 kin = self._kin(reading.uuid, use, holders)[:1]
                 for lease in self.leases.values():
-                    if reading.uuid in lease.shares and [lease.holder] == kin:
+                    share = lease.shares.get(reading.uuid)
+                    if share is None or not (lease.live or share.most_mb):
+                        continue
+                    if [lease.holder] == kin:
                         lease.processes.add(use.process)
                         lease.seen.add(use.process)
             self._settle(reading.uuid, started_ns, told)
