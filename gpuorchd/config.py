@@ -208,6 +208,10 @@ class Config:
         "Bounds", "GPUORCH_MAX_PROCESSES", "--max-processes", count, 1_024,
         "different processes that hold or await a lease; each takes one descriptor",
     )
+    max_processes_per_uid: int = setting(
+        "Bounds", "GPUORCH_MAX_PROCESSES_PER_UID", "--max-processes-per-uid", count, 896,
+        "different processes of one user that hold or await a lease",
+    )
     max_leases: int = setting(
         "Bounds", "GPUORCH_MAX_LEASES", "--max-leases", count, Limits().leases,
         "live leases",

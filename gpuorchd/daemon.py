@@ -14,7 +14,6 @@ import asyncio
 import faulthandler
 import gc
 import os
-import pwd
 import secrets
 import time
 from contextlib import AsyncExitStack
@@ -27,7 +26,7 @@ from gpuorchd.config_reading import ReadConfig
 from gpuorchd.core.effects import Commit, PersistSettings
 from gpuorchd.core.events import ConfigurationRead, PolicyChangeAsked, StopAsked
 from gpuorchd.core.machine import Machine
-from gpuorchd.core.model import ConnectionId, Peer, ProcessKey, RequestId
+from gpuorchd.core.model import ConnectionId, ProcessKey, RequestId
 from gpuorchd.core.settings import SAFE_MODE
 from gpuorchd.core.state import Settings
 from gpuorchd.devices.mps import MpsWatch
@@ -45,16 +44,17 @@ from gpuorchd.host.settings_store import SettingsStore
 from gpuorchd.host.socket_file import PassedSocket
 from gpuorchd.host.start import EXIT_BUG, StartError
 from gpuorchd.host.supervisor import Supervisor, served_socket
+from gpuorchd.host.users import UserNames
 from gpuorchd.observe.log import Log
 from gpuorchd.observing import Observers
+from gpuorchd.peers import Peers
 from gpuorchd.reloading import Reloading
 from gpuorchd.server.listener import Server
-from gpuorchd.server.services import Options, PeerNotTaken, Services
+from gpuorchd.server.services import Options, Services
 from gpuorchd.server.tokens import digest_of
 from gpuorchd.succession import Succession, table_path
 from gpuorchd.supervised import Supervised
 from libclient.version import VERSION
-from libclient.wire.vocabulary import FORBIDDEN, LIMIT
 
 # Names the lease table: 64 bits are not guessed and not met twice.
 EPOCH_BYTES = 8
@@ -129,8 +129,21 @@ def _fit(config: Config, log: Log) -> Config:
         wanted_processes=config.max_processes,
     )
     return replace(
-        config, max_connections=bounds.max_connections, max_processes=bounds.max_processes
+        config,
+        max_connections=bounds.max_connections,
+        max_connections_per_uid=_share(
+            config.max_connections_per_uid, bounds.max_connections, config.max_connections
+        ),
+        max_processes=bounds.max_processes,
+        max_processes_per_uid=_share(
+            config.max_processes_per_uid, bounds.max_processes, config.max_processes
+        ),
     )
+
+
+def _share(per_uid: int, now: int, before: int) -> int:
+    """Lower what one user may have of a bound as the bound was lowered."""
+    return max(1, per_uid * now // before)
 
 
 class Daemon:
@@ -170,6 +183,7 @@ class Daemon:
         closing.callback(self._supervised.stop)
         self._processes = ProcessWatch(self._engine, self._loop)
         closing.callback(self._processes.close)
+        self._peers = Peers(self._processes, self._engine.state, config)
         self._source = _device_source(config, self._engine, self._loop, log)
         closing.push_async_callback(self._source.stop)
 
@@ -253,6 +267,7 @@ class Daemon:
         """Put in force what a reload has changed."""
         self._config = config = _fit(config, self._log)
         self._log.set_level(config.log_level.value)
+        self._peers.set_bounds(config)
         self._server.set_options(_options(config))
         if isinstance(self._source, NvmlDevices):
             self._source.set_options(_probe_options(config))
@@ -267,38 +282,17 @@ class Daemon:
 
     def _services(self, observers: Observers) -> Services:
         return Services(
-            identify=self._identify,
+            identify=self._peers.identify,
+            look=self._peers.look,
             ready=observers.ready,
             device_status=self._source.status,
             telemetry=self._source.telemetry,
             render_metrics=observers.metrics_text,
-            resolve_user=_resolve_user,
+            resolve_users=UserNames(self._loop).resolve,
             signal_peer=self._signal_peer,
             on_bug=self._on_bug,
             keeping=self._keeper,
         )
-
-    def _identify(self, fd: int) -> Peer:
-        """Find out who a peer is and watch its process, within the bound on processes."""
-        processes, state = self._processes, self._engine.state
-        try:
-            peer = processes.identify(fd)
-        except OSError as error:
-            # Most likely no descriptor is left; or /proc hides the processes of others.
-            code = FORBIDDEN if isinstance(error, PermissionError) else LIMIT
-            reason = f"the peer's process cannot be watched: {error.strerror}"
-            raise PeerNotTaken(code, reason) from None
-        process = peer.process
-        if processes.count > self._config.max_processes and not (
-            process in state.holders or process in state.watched
-        ):
-            processes.release_unused(process)
-            raise PeerNotTaken(
-                LIMIT,
-                f"at most {self._config.max_processes} processes are watched for their end "
-                "(GPUORCH_MAX_PROCESSES); this bound is reached",
-            )
-        return peer
 
     def _signal_peer(self, process: ProcessKey, uid: int, name: str) -> None:
         self._processes.signal(process, uid, name)
@@ -354,10 +348,3 @@ def _probe_options(config: Config) -> ProbeOptions:
         period_s=config.sample_period_s,
         deadline_s=config.nvml_deadline_s,
     )
-
-
-def _resolve_user(name: str) -> int | None:
-    try:
-        return pwd.getpwnam(name).pw_uid
-    except KeyError:
-        return None

@@ -52,14 +52,29 @@ def arrive(state: State, conn: ConnectionId, peer: Peer) -> None:
     """Note a connection that is about to ask, and the process behind it."""
     holder = state.holders.get(peer.process)
     if holder is None:
-        holder = Holder(peer.process, peer.uid, peer.unit, peer.alive)
-        state.holders[peer.process] = holder
-        for device in state.devices.values():
-            if device.reading is not None:
-                _attribute(state, device, device.reading)
+        holder = _take_in(state, peer)
     holder.clients += 1
     client = state.clients[conn] = Client(conn, peer, holder)
     state.changed_clients[conn] = client
+
+
+def _take_in(state: State, peer: Peer) -> Holder:
+    """Make a process a holder; what the newest readings show of it and its children is its own now.
+
+    All else stays where the reading found it: who has died since is not looked for again.
+    """
+    moved = []
+    for device in state.devices.values():
+        for use in device.reading.processes if device.reading is not None else ():
+            if peer.process == use.process or peer.process in use.ancestors:
+                moved.append((device, use, ledger.owner(state, device, use)))
+    holder = Holder(peer.process, peer.uid, peer.unit, peer.alive)
+    state.holders[peer.process] = holder
+    for device, use, before in moved:
+        if ledger.owner(state, device, use) is holder:
+            ledger.move_use(device, use, before, holder)
+            state.unsettled = True
+    return holder
 
 
 def leave(state: State, client: Client, out: list[Effect]) -> None:
@@ -155,6 +170,8 @@ def process_ended(state: State, process: ProcessKey, now_ns: int, out: list[Effe
         holder.alive = False
         touched.update(holder.leases)
     read = False
+    # What is left of a lease may be its holder's own now, to lease again.
+    state.unsettled = state.unsettled or bool(touched)
     for lease in touched.values():
         if not lease.holder.alive and not lease.others:
             lease.gone_ns = now_ns
@@ -366,6 +383,7 @@ def _drop_holder(state: State, holder: Holder, out: list[Effect]) -> None:
         return
     del state.holders[holder.process]
     for device in state.devices.values():
-        ledger.forget(device, holder.process)
+        if ledger.forget(device, holder.process):
+            state.unsettled = True
     if holder.process not in state.watched:
         out.append(ForgetProcess(holder.process))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from gpuorchd.core import placement
-from gpuorchd.core.model import Device, LeaseState, Waiter
+from gpuorchd.core.model import Device, LeaseState, Priority, Waiter
 from gpuorchd.core.state import State
 
 HELD = (LeaseState.ACTIVE, LeaseState.REVOKING)
@@ -83,8 +83,10 @@ def _check_device(state: State, device: Device) -> None:
     assert total <= device.capacity_mb, f"{device.uuid}: {total} promised of {device.capacity_mb}"
     if device.exclusive is not None:
         # What its own holder still drains may stand beside it; nobody else's bytes may.
+        drained = {x.lease_id for x in state.leases.values() if x.state is LeaseState.DRAINING}
         holders = {state.leases[lease_id].holder.process for lease_id in device.parts}
         assert device.exclusive in device.parts, f"{device.uuid}: taken by a lease not on it"
+        assert device.exclusive not in drained, f"{device.uuid}: taken by a lease that has ended"
         assert len(holders) == 1, f"{device.uuid}: whole and shared at once"
 
 
@@ -115,8 +117,14 @@ def _check_queue(state: State, now_ns: int) -> None:
     assert not waiting or not (state.safe_mode or state.stopping), "somebody waits for nothing"
     order = [(waiter.priority, waiter.number) for waiter in waiting]
     assert order == sorted(order), "the queue is out of order"
+    due_ns = state.deadlines.next_ns()
+    settled = due_ns is None or due_ns > now_ns
     taken = placement.NOBODY
-    for waiter in waiting:
-        found = placement.place(state, waiter.ask, waiter.holder.process, now_ns, taken)
-        assert not isinstance(found, placement.Plan), f"{waiter.queue_id} could be served"
-        taken |= found.wanted
+    for priority in Priority:
+        for waiter in state.queue.lane(priority):
+            found = placement.place(state, waiter.ask, waiter.holder.process, now_ns, taken)
+            assert not isinstance(found, placement.Plan), f"{waiter.queue_id} could be served"
+            taken |= found.wanted
+        # What is due and not told yet, as the age of a reading, is not taken into account yet.
+        kept = taken == state.wanted[priority]
+        assert kept or not settled, "GPUs are kept for those who wait for them"

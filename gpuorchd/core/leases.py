@@ -61,6 +61,8 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
     )
     gave: list[Lease] = []
     for part in parts:
+        if state.waiters and ledger.adopts(part.device, lease.holder):
+            state.unsettled = True
         gave += ledger.take(lease, part)
         if plan.exclusive:
             part.device.exclusive = lease.lease_id

@@ -9,11 +9,12 @@ have to stay free.
 What can be had is the smaller of two views, so that nothing is counted twice and nothing is
 missed: the ledger's (capacity less all claims) and the driver's (free memory less what is
 promised and not yet used). A holder's own residue, bytes that it kept beyond its live leases, is
-its to lease again.
+its to lease again: only while it lives, and only what no other process can be using still.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from gpuorchd.core.model import (
@@ -48,22 +49,43 @@ def room(state: State, device: Device, process: ProcessKey) -> Room:
     ledger_mb = device.capacity_mb - device.claim_mb - device.draining_mb
     if device.facts.drain_ns is not None:
         return Room(ledger_mb, ledger_mb, ledger_mb)
+    holder = state.holders.get(process)
     own = device.holdings.get(process)
     if own is None:
-        own = (
-            NOTHING if process in state.holders else Holding(used_mb=use_of(state, device, process))
-        )
+        own = NOTHING if holder else Holding(used_mb=use_of(state, device, process))
     assert device.reading is not None, "room on a GPU that was never read"
     used_mb = own.used_mb or 0
     free_mb = device.reading.free_mb - (device.unmet_mb - own.unmet_mb)
+    residue_mb = residue(device, holder) if own.draining_mb else 0
     # A process may lease what it holds already even where others' promises leave nothing free.
-    ledger_mb += own.draining_mb
-    driver_mb = max(0, free_mb) + used_mb - own.claim_mb
+    ledger_mb += residue_mb
+    driver_mb = max(0, free_mb) + used_mb - own.claim_mb - (own.draining_mb - residue_mb)
     return Room(ledger_mb, driver_mb, max(0, min(ledger_mb, driver_mb)))
 
 
+def residue(device: Device, holder: Holder | None) -> int:
+    """Sum what a holder may lease again of its own draining leases on `device`."""
+    if holder is None:
+        return 0
+    return sum(
+        part.claim_mb for _, part in _residues(holder) if part.device.facts.uuid == device.uuid
+    )
+
+
+def _residues(holder: Holder) -> Iterator[tuple[Lease, Part]]:
+    """The draining parts that nobody but their holder itself can be using."""
+    if not holder.alive:
+        # What a dead process used may be in use until a reading, or its last process, says no.
+        return
+    for lease in holder.leases.values():
+        if lease.state is LeaseState.DRAINING and not lease.others:
+            for part in lease.parts:
+                if part.claim_mb:
+                    yield lease, part
+
+
 def strays_mb(state: State, device: Device, process: ProcessKey) -> int | None:
-    """Sum the memory on `device` that belongs neither to leases nor to `process`.
+    """Sum what processes other than `process` use on `device` that have no lease there.
 
     None where the driver does not say how much one of them uses.
     """
@@ -72,12 +94,56 @@ def strays_mb(state: State, device: Device, process: ProcessKey) -> int | None:
     total = 0
     for use in device.reading.processes:
         holder = owner(state, device, use)
-        if use.process == process or (holder is not None and holder.process == process):
+        if use.process == process:
+            continue
+        if holder is not None and (holder.process == process or claims(device, holder.process)):
             continue
         if use.used_mb is None:
             return None
         total += use.used_mb
     return total
+
+
+def is_untold(device: Device) -> bool:
+    """Whether the newest reading shows a process and not what it uses."""
+    reading = device.reading
+    return reading is not None and any(use.used_mb is None for use in reading.processes)
+
+
+def claims(device: Device, process: ProcessKey) -> bool:
+    """Whether a process has a lease on `device`, be it one that drains."""
+    holding = device.holdings.get(process)
+    return holding is not None and (holding.claim_mb or holding.draining_mb) > 0
+
+
+def adopts(device: Device, holder: Holder) -> bool:
+    """Whether a first lease of `holder` on `device` makes what strangers used there a lease's."""
+    if claims(device, holder.process):
+        return False
+    if holder.process in device.holdings:
+        return True
+    unit, reading = holder.unit, device.reading
+    return (
+        unit is not None
+        and reading is not None
+        and any(use.unit == unit for use in reading.processes)
+    )
+
+
+def reachable_mb(device: Device, process: ProcessKey) -> int:
+    """Compute what `process` could have on `device` if all leases there ended.
+
+    The memory of who has a lease there counts as back then, all of it; a stranger's does not.
+    """
+    if device.reading is None:
+        return device.capacity_mb
+    total = device.reading.free_mb
+    for key, holding in device.holdings.items():
+        if key == process or holding.claim_mb or holding.draining_mb:
+            if holding.used_mb is None:
+                return device.capacity_mb
+            total += holding.used_mb
+    return min(total, device.capacity_mb)
 
 
 def unleased_mb(device: Device) -> int | None:
@@ -95,16 +161,21 @@ def unleased_mb(device: Device) -> int | None:
 def owner(state: State, device: Device, use: ProcessUse) -> Holder | None:
     """Find whose use this is: its own, that of the lease it was seen in, or an ancestor's.
 
-    A process of a system service counts to the one agent that holds leases in that service.
+    One that was seen in a lease stays with it when it connects itself, until it has a lease of its
+    own there. A process of a system service counts to the one agent that holds leases in that
+    service.
     """
-    holders = state.holders
-    holder = holders.get(use.process)
-    if holder is not None:
+    holder = state.holders.get(use.process)
+    if holder is not None and claims(device, use.process):
         return holder
     seen = state.watched.get(use.process)
     if seen:
-        return next(iter(seen.values())).holder
-    return ancestor(state, device, use)
+        here = next((lease for name, lease in seen.items() if name in device.parts), None)
+        if here is not None:
+            return here.holder
+        if holder is None:
+            return next(iter(seen.values())).holder
+    return holder or ancestor(state, device, use)
 
 
 def ancestor(state: State, device: Device, use: ProcessUse) -> Holder | None:
@@ -203,8 +274,13 @@ def rebook(lease: Lease, part: Part, *, whole: bool) -> None:
 
 
 def begin_drain(lease: Lease, part: Part) -> None:
-    """Move a part's bytes from claimed to draining; the agent's cap is free of it at once."""
+    """Move a part's bytes from claimed to draining; the agent's cap is free of it at once.
+
+    So is the rest of a GPU that was taken whole: what is not back yet is kept like any bytes.
+    """
     device = part.device
+    if device.exclusive == lease.lease_id:
+        device.exclusive = None
     holding = device.holdings[lease.holder.process]
     holding.claim_mb -= part.claim_mb
     holding.draining_mb += part.claim_mb
@@ -229,8 +305,6 @@ def give_back(lease: Lease, part: Part, amount_mb: int) -> None:
     device.unmet_mb += holding.unmet_mb - unmet_mb
     if part.claim_mb == 0:
         device.parts.pop(lease.lease_id, None)
-        if device.exclusive == lease.lease_id:
-            device.exclusive = None
         _tidy(device, lease.holder.process, holding)
 
 
@@ -247,10 +321,22 @@ def set_use(device: Device, process: ProcessKey, used_mb: int | None) -> None:
     _tidy(device, process, holding)
 
 
-def forget(device: Device, process: ProcessKey) -> None:
-    """Drop a holder's figures: it holds nothing and has no connection left."""
+def move_use(device: Device, use: ProcessUse, giver: Holder | None, taker: Holder) -> None:
+    """Attribute what a process uses to another holder."""
+    if giver is not None:
+        giving = device.holdings.get(giver.process, NOTHING).used_mb
+        if giving is not None and use.used_mb is not None:
+            set_use(device, giver.process, max(0, giving - use.used_mb))
+    so_far_mb = device.holdings.get(taker.process, NOTHING).used_mb
+    unknown = so_far_mb is None or use.used_mb is None
+    set_use(device, taker.process, None if unknown else (so_far_mb or 0) + (use.used_mb or 0))
+
+
+def forget(device: Device, process: ProcessKey) -> bool:
+    """Drop a holder's figures: it holds nothing and has no connection left. Say if it had any."""
     holding = device.holdings.pop(process, None)
     assert holding is None or not (holding.claim_mb or holding.draining_mb), "forgot a live holding"
+    return holding is not None
 
 
 def _tidy(device: Device, process: ProcessKey, holding: Holding) -> None:
@@ -263,13 +349,10 @@ def _absorb(holder: Holder, device: Device, amount_mb: int) -> list[Lease]:
     gave: list[Lease] = []
     if holding is None or not holding.draining_mb:
         return gave
-    for old in holder.leases.values():
-        if old.state is not LeaseState.DRAINING:
-            continue
-        for part in old.parts:
-            if part.device is device and part.claim_mb and amount_mb:
-                moved_mb = min(part.claim_mb, amount_mb)
-                give_back(old, part, moved_mb)
-                amount_mb -= moved_mb
-                gave.append(old)
+    for old, part in _residues(holder):
+        if part.device is device and amount_mb:
+            moved_mb = min(part.claim_mb, amount_mb)
+            give_back(old, part, moved_mb)
+            amount_mb -= moved_mb
+            gave.append(old)
     return gave

@@ -12,8 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpuorchd.core import bounds, drain, inventory, leases, placement, recovery, serving, snapshot
+from gpuorchd.core import (
+    asking,
+    bounds,
+    drain,
+    inventory,
+    leases,
+    placement,
+    recovery,
+    serving,
+    snapshot,
+)
 from gpuorchd.core import settings as settings_room
+from gpuorchd.core.asking import STOPPING
 from gpuorchd.core.effects import Announce, Answer, AnswerError, Effect
 from gpuorchd.core.events import (
     CancelAsked,
@@ -63,7 +74,6 @@ from gpuorchd.core.state import Settings, State
 
 # Why a lease is over whose connection or process has ended.
 GONE = "disconnected"
-STOPPING = Refusal(Code.SHUTTING_DOWN, "the daemon stops; ask again when it is back")
 
 
 class Machine:
@@ -135,24 +145,17 @@ class Machine:
         """When `TimePassed` is to be said next, None where nothing is pending."""
         return self.state.deadlines.next_ns()
 
-    def explain(self, peer: Peer, ask: Ask, now_ns: int) -> Plan | Denial | Refusal:
-        """Decide what `lease` would answer now, by the same code; change nothing."""
-        state = self.state
-        refusal = STOPPING if state.stopping else placement.refuse(state, peer, ask)
-        if refusal is not None:
-            return refusal
-        priority = state.policy.priority(state.policy.rule(ask.agent), ask.priority)
-        return placement.place(state, ask, peer.process, now_ns, state.wanted[priority])
+    def explain(
+        self, peer: Peer, ask: Ask, now_ns: int, conn: ConnectionId | None = None
+    ) -> Plan | Denial | Refusal:
+        """Decide what `lease` would answer `conn` now, by the same code; change nothing."""
+        return asking.explain(self.state, peer, ask, now_ns, conn)
 
     def _lease(self, event: LeaseAsked, now_ns: int, out: list[Effect]) -> None:
         state = self.state
         ask = event.ask
         client = state.clients[event.conn]
-        refusal = (
-            STOPPING
-            if state.stopping
-            else placement.refuse(state, client.peer, ask) or bounds.over_leases(state, client)
-        )
+        refusal = asking.refusal(state, client, ask)
         if refusal is not None:
             out.append(AnswerError(event.conn, event.request_id, refusal))
             return

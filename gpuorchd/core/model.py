@@ -258,6 +258,9 @@ class Waiter:
     # The position its owner knows, and when it was told.
     told_position: int = 0
     told_ns: int = 0
+    # The GPUs that it chooses from, and the list of present ones that this was found in.
+    chosen: frozenset[DeviceUuid] = frozenset()
+    chosen_of: tuple[Device, ...] | None = None
 
     @property
     def queue_id(self) -> str:
@@ -334,7 +337,7 @@ class Device:
     parts: dict[LeaseId, Part] = field(default_factory=dict)
     # What counts against each agent's cap here: its live leases.
     charges: dict[str, int] = field(default_factory=dict)
-    # The lease that has taken the whole GPU, until its bytes are back.
+    # The live lease that has taken the whole GPU.
     exclusive: LeaseId | None = None
 
     @property

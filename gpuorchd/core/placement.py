@@ -60,6 +60,8 @@ class Want(NamedTuple):
     exclusive: bool
     cap_mb: int
     now_ns: int
+    # Whether a denial says when room is to be expected, which costs more than to find it out.
+    estimate: bool
 
 
 class Offer(NamedTuple):
@@ -72,12 +74,17 @@ class Offer(NamedTuple):
 
 
 class Obstacle(NamedTuple):
-    """Why one GPU offers nothing. `never` is True where no end of a lease would help."""
+    """Why one GPU offers nothing.
+
+    `never` is True where waiting cannot help. `foreign`: no end of a lease would, but that of a
+    process outside the system; nobody is kept from the rest of the GPU for that.
+    """
 
     device: Device
     note: Note
     detail: str
     never: bool = False
+    foreign: bool = False
 
 
 def refuse(state: State, peer: Peer, ask: Ask) -> Refusal | None:
@@ -111,8 +118,13 @@ def place(
     process: ProcessKey,
     now_ns: int,
     taken: frozenset[DeviceUuid] = NOBODY,
+    *,
+    estimate: bool = True,
 ) -> Plan | Denial:
-    """Decide one request of a holder. Others have first claim to the GPUs in `taken`."""
+    """Decide one request of a holder. Others have first claim to the GPUs in `taken`.
+
+    Without `estimate` a denial has no `eta_ns`: for those who only ask whether.
+    """
     policy = state.policy
     rule = policy.rule(ask.agent)
     hopeless = _host_obstacle(state, ask, gpu_allowed=rule.gpu)
@@ -127,6 +139,7 @@ def place(
         ask.exclusive,
         policy.cap_mb(rule),
         now_ns,
+        estimate,
     )
     offers: list[Offer] = []
     obstacles: list[Obstacle] = []
@@ -146,6 +159,44 @@ def place(
         tuple(offer.memory_mb for offer in offers),
         tuple(offer.charge_mb for offer in offers),
         want.whole,
+    )
+
+
+def shape(state: State, ask: Ask, process: ProcessKey) -> object:
+    """Name what `place` looks at in a request besides its bytes, the same for requests alike.
+
+    Of two requests with one shape, the one for more bytes gets no more, and keeps no other GPUs
+    from those behind it. Who holds nothing and has no cap is like anybody else.
+    """
+    policy = state.policy
+    rule = policy.rule(ask.agent)
+    whole = ask.exclusive or not policy.allow_fractional_shares
+    holds = any(
+        process in device.holdings or (whole and ledger.is_untold(device)) for device in state.order
+    )
+    return (
+        id(rule),
+        ask.agent if policy.cap_mb(rule) else None,
+        process if holds else None,
+        # The default is one amount for all who name none.
+        ask.memory_mb == 0,
+        ask.gpus,
+        ask.exclusive,
+        ask.devices,
+    )
+
+
+def chosen(state: State, ask: Ask) -> frozenset[DeviceUuid]:
+    """Name the present GPUs that a request chooses from."""
+    return frozenset(device.facts.uuid for device in _candidates(state, ask))
+
+
+def closed(state: State, now_ns: int) -> frozenset[DeviceUuid]:
+    """Name the present GPUs whose state serves nobody, and that nobody keeps from others."""
+    return frozenset(
+        device.facts.uuid
+        for device in state.order
+        if device.cordon is not None or unreadable(state, device, now_ns) is not None
     )
 
 
@@ -198,18 +249,21 @@ def _examine(
     if sick is not None:
         return Obstacle(device, Note.UNHEALTHY, sick)
     room = ledger.room(state, device, want.process)
+    blocked: str | None = None
+    foreign = False
     if want.whole:
-        blocked = _not_whole(state, device, want)
+        blocked, foreign = _not_whole(state, device, want)
         memory_mb = room.mb
     else:
-        blocked = None
         memory_mb = want.memory_mb
         if device.exclusive is not None:
             blocked = f"taken whole by lease {device.exclusive}"
     if blocked is None and (room.mb < want.memory_mb or room.mb < 1):
         blocked = _short(device, want, room)
     if blocked is not None:
-        return Obstacle(device, Note.INSUFFICIENT_MEMORY, blocked)
+        least_mb = max(1, want.memory_mb)
+        foreign = foreign or ledger.reachable_mb(device, want.process) < least_mb
+        return Obstacle(device, Note.INSUFFICIENT_MEMORY, blocked, foreign=foreign)
     if device.facts.uuid in taken:
         return Obstacle(device, Note.RESERVED, "kept for requests that wait ahead of this one")
     return Offer(device, memory_mb, charge_mb, room.mb)
@@ -243,23 +297,23 @@ def unreadable(state: State, device: Device, now_ns: int) -> str | None:
     return None
 
 
-def _not_whole(state: State, device: Device, want: Want) -> str | None:
-    own = device.holdings.get(want.process, ledger.NOTHING)
-    simulated = device.facts.drain_ns is not None
-    reusable_mb = 0 if simulated else own.draining_mb
-    others_mb = device.claim_mb + device.draining_mb - reusable_mb
-    if others_mb:
-        return f"wanted whole, {device.claim_mb} MiB leased and {device.draining_mb} MiB draining"
+def _not_whole(state: State, device: Device, want: Want) -> tuple[str | None, bool]:
+    """Say what keeps a GPU from being taken whole, and whether it is nobody's lease."""
     limit_mb = state.policy.exclusive_stray_mb
     strays_mb = ledger.strays_mb(state, device, want.process)
+    foreign = strays_mb is None or strays_mb > limit_mb
+    reusable_mb = 0
+    if device.facts.drain_ns is None and device.draining_mb:
+        reusable_mb = ledger.residue(device, state.holders.get(want.process))
+    if device.claim_mb + device.draining_mb - reusable_mb:
+        held = f"{device.claim_mb} MiB leased and {device.draining_mb} MiB draining"
+        return f"wanted whole, {held}", foreign
     if strays_mb is None:
-        return "wanted whole, a process outside the system uses memory nobody can tell"
-    if strays_mb > limit_mb:
-        return (
-            f"wanted whole, processes outside the system use {strays_mb} MiB"
-            f" (allowed {limit_mb} MiB)"
-        )
-    return None
+        return "wanted whole, a process outside the system uses memory nobody can tell", True
+    if foreign:
+        used = f"processes outside the system use {strays_mb} MiB (allowed {limit_mb} MiB)"
+        return f"wanted whole, {used}", True
+    return None, False
 
 
 def _short(device: Device, want: Want, room: ledger.Room) -> str:
@@ -295,10 +349,13 @@ def _deny(
     if note not in MEMORY_NOTES:
         return Denial(note, reasons, final=False)
     waited_for = [offer.device for offer in offers]
-    waited_for += [o.device for o in possible if o.note in MEMORY_NOTES]
+    waited_for += [o.device for o in possible if o.note in MEMORY_NOTES and not o.foreign]
+    if len(waited_for) < ask.gpus:
+        # The end of all leases would not do: nobody is kept from anything meanwhile.
+        return Denial(note, reasons, final=False)
     wanted = frozenset(device.facts.uuid for device in waited_for)
     eta_ns = None
-    if note is Note.INSUFFICIENT_MEMORY:
+    if want.estimate and note is Note.INSUFFICIENT_MEMORY:
         eta_ns = forecast.eta_ns(
             state, want.process, want.memory_mb, want.whole, waited_for, ask.gpus, want.now_ns
         )

@@ -9,7 +9,7 @@ keeps nothing from anybody. A new request is decided by the same rule at its own
 
 from __future__ import annotations
 
-from gpuorchd.core import leases, placement
+from gpuorchd.core import leases, ledger, placement
 from gpuorchd.core.effects import Announce, AnswerDenial, Effect
 from gpuorchd.core.model import (
     NS_PER_S,
@@ -87,7 +87,12 @@ def end_wait(state: State, waiter: Waiter, note: Note, now_ns: int, out: list[Ef
     reasons: tuple[Reason, ...] = ()
     if not state.safe_mode:
         found = placement.place(
-            state, waiter.ask, waiter.holder.process, now_ns, state.wanted[waiter.priority]
+            state,
+            waiter.ask,
+            waiter.holder.process,
+            now_ns,
+            state.wanted[waiter.priority],
+            estimate=False,
         )
         if isinstance(found, Denial):
             reasons = found.reasons
@@ -105,43 +110,68 @@ def nobody_waits(state: State) -> None:
 def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     """Serve whoever can be served, in order, and note which GPUs are waited for.
 
-    Leaves `unsettled` set where another pass may serve more: a grant that takes its agent to its
-    cap frees what another request of that agent kept from those behind it.
+    Leaves `unsettled` set where another pass may serve more or keep other GPUs: a grant that takes
+    its agent to its cap frees what another request of that agent kept from those behind it.
     """
     thorough = state.upheaval
     state.unsettled = state.upheaval = False
     everything = frozenset(device.facts.uuid for device in state.order)
+    closed = placement.closed(state, now_ns)
     taken: frozenset[DeviceUuid] = placement.NOBODY
+    # Where nobody who comes from here on gets anything, nor has anything to keep from others.
+    shut = closed
     wanted: list[frozenset[DeviceUuid]] = []
     served: list[Waiter] = []
     hopeless: list[tuple[Waiter, Denial]] = []
-    failed: dict[object, Denial] = {}
+    # Within a pass room only shrinks: what failed once fails again, and so does more of it.
+    failed: dict[object, int] = {}
+    anew = False
     for priority in Priority:
         for waiter in state.queue.lane(priority):
-            if not thorough and everything and taken >= everything:
+            if anew:
                 break
-            # Within a pass room only shrinks: what failed once fails again.
-            shape = (waiter.ask._replace(wait_ns=0), waiter.holder.process)
-            found = failed.get(shape) or placement.place(
-                state, waiter.ask, waiter.holder.process, now_ns, taken
+            if not thorough:
+                if shut >= everything:
+                    break
+                if _chosen(state, waiter) <= shut:
+                    continue
+            shape = placement.shape(state, waiter.ask, waiter.holder.process)
+            memory_mb = waiter.ask.memory_mb
+            if not thorough and failed.get(shape, memory_mb + 1) <= memory_mb:
+                continue
+            found = placement.place(
+                state, waiter.ask, waiter.holder.process, now_ns, taken, estimate=False
             )
             if isinstance(found, placement.Plan):
+                # Who waits ahead may wait for what is a lease's from now on, and keep it.
+                anew = any(ledger.adopts(device, waiter.holder) for device in found.devices)
                 leases.grant(state, waiter, found, now_ns, out)
                 served.append(waiter)
             elif found.final:
                 hopeless.append((waiter, found))
             else:
-                failed[shape] = found
+                failed[shape] = memory_mb
                 taken |= found.wanted
+                shut = taken | closed
         wanted.append(taken)
     state.wanted = tuple(wanted)
+    again = state.unsettled
     for waiter in served:
         dequeue(state, waiter)
     for waiter, denial in hopeless:
         answer(state, waiter, denial, now_ns, out)
-    state.unsettled = any(leases.is_capped(state, waiter.ask.agent) for waiter in served)
+    state.unsettled = again
+    state.upheaval = anew and thorough
     _plan_positions(state, now_ns)
     _plan_stale(state, now_ns)
+
+
+def _chosen(state: State, waiter: Waiter) -> frozenset[DeviceUuid]:
+    """Name the GPUs that a request chooses from; found out once for every list of them."""
+    if waiter.chosen_of is not state.order:
+        waiter.chosen = placement.chosen(state, waiter.ask)
+        waiter.chosen_of = state.order
+    return waiter.chosen
 
 
 def _plan_positions(state: State, now_ns: int) -> None:

@@ -28,6 +28,8 @@ from gpuorchd.core.policy import Policy, PolicyError
 from gpuorchd.core.state import State
 
 SAFE_MODE = "safe_mode"
+# Changes that wait for the disk behind the one that is being kept.
+BEHIND_MAX = 64
 
 Change = PolicyChangeAsked | CordonAsked
 
@@ -65,7 +67,12 @@ def document(pending: Pending) -> Mapping[str, object]:
 def ask(state: State, desk: Desk, change: Change, out: list[Effect]) -> None:
     """Take up a change, or let it wait for the one before it."""
     if desk.pending is not None:
-        desk.behind.append(change)
+        if len(desk.behind) < BEHIND_MAX:
+            desk.behind.append(change)
+        else:
+            message = f"at most {BEHIND_MAX} changes wait to be kept on disk; this bound is reached"
+            refusal = Refusal(Code.LIMIT, message)
+            out.append(AnswerError(change.conn, change.request_id, refusal))
         return
     planned = (
         _plan_policy(state, change, out)

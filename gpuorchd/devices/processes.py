@@ -4,10 +4,10 @@ Owns one pidfd for each process that the core depends on, however many connectio
 core says when it no longer does (`ForgetProcess`); a process that ends is told once
 (`ProcessEnded`) and is forgotten by that.
 
-Who calls what: the server calls `credentials` for what needs no more than a uid, `look` for a peer
-that will hold nothing (`whoami`), and `identify` right before it submits `ClientArrived`, in the
-same turn: from then on the process is watched. Where no `ClientArrived` follows after all, it calls
-`release_unused`. The core's effects do the rest.
+Who calls what: the server calls `look` for a peer that will hold nothing (`explain`), and
+`identify` right before it submits `ClientArrived`, in the same turn: from then on the process is
+watched. Where no `ClientArrived` follows after all, it calls `release_unused`. The core's effects
+do the rest.
 
 A number is never trusted: what /proc says of a pid is believed only where a pidfd, taken before, is
 still alive after the reading.
@@ -22,7 +22,6 @@ import select
 import signal
 import socket
 import struct
-from typing import NamedTuple
 
 from gpuorchd.core.effects import ForgetProcess, WatchProcess
 from gpuorchd.core.events import ProcessEnded
@@ -38,14 +37,6 @@ DEAD_ERRORS = (errno.ESRCH, errno.EINVAL, errno.ENODATA)
 NO_SUCH_OPTION_ERRORS = (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
 # After this the watching of a process is tried again for which no descriptor was left.
 RETRY_S = 1.0
-
-
-class Credentials(NamedTuple):
-    """A peer as it was when it connected. `pid` 0: not visible from here."""
-
-    pid: int
-    uid: int
-    gid: int
 
 
 class ProcessWatch:
@@ -66,6 +57,9 @@ class ProcessWatch:
         # The descriptor of each watched process.
         self._pidfds: dict[ProcessKey, int] = {}
         self._by_pid: dict[int, ProcessKey] = {}
+        # Whose the identified peers among them are, and how many each user has.
+        self._uids: dict[ProcessKey, int] = {}
+        self._by_uid: dict[int, int] = {}
         # Processes that are to be watched once there is a descriptor again.
         self._retries: dict[ProcessKey, asyncio.TimerHandle] = {}
 
@@ -74,14 +68,14 @@ class ProcessWatch:
         """How many pidfds are held."""
         return len(self._pidfds)
 
+    def count_of(self, uid: int) -> int:
+        """How many of the watched processes are peers of this user."""
+        return self._by_uid.get(uid, 0)
+
     def attach(self, engine: EffectRegistry) -> None:
         """Carry out the core's effects about processes."""
         engine.on(WatchProcess, self.watch)
         engine.on(ForgetProcess, self.forget)
-
-    def credentials(self, fd: int) -> Credentials:
-        """Read who connected this Unix socket, as the kernel noted it then."""
-        return _credentials(fd)
 
     def look(self, fd: int) -> Peer:
         """Say who is at the other end, and keep nothing. For the rest see `identify`."""
@@ -103,6 +97,9 @@ class ProcessWatch:
                 os.close(pidfd)
             else:
                 self._keep(peer.process, pidfd)
+            if peer.process not in self._uids:
+                self._uids[peer.process] = peer.uid
+                self._by_uid[peer.uid] = self._by_uid.get(peer.uid, 0) + 1
         return peer
 
     def watch(self, wish: WatchProcess) -> None:
@@ -135,6 +132,11 @@ class ProcessWatch:
                 del self._by_pid[process.pid]
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
+        uid = self._uids.pop(process, None)
+        if uid is not None:
+            self._by_uid[uid] -= 1
+            if not self._by_uid[uid]:
+                del self._by_uid[uid]
 
     def signal(self, process: ProcessKey, uid: int, signal_name: str) -> bool:
         """Send TERM, INT, HUP, USR1 or USR2 to a watched process that still has this real uid.
@@ -224,13 +226,15 @@ class ProcessWatch:
         return None if facts is None else _open_process(ProcessKey(pid, facts.start_ticks))
 
 
-def _credentials(fd: int) -> Credentials:
+def _credentials(fd: int) -> tuple[int, int, int]:
+    """Read the pid, uid and gid of who connected; pid 0: not visible from here."""
     borrowed = _borrow(fd)
     try:
         packed = borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
     finally:
         borrowed.detach()
-    return Credentials(*CREDENTIALS.unpack(packed))
+    pid, uid, gid = CREDENTIALS.unpack(packed)
+    return pid, uid, gid
 
 
 def _socket_option(fd: int, option: int) -> int:

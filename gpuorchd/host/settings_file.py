@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import re
 import time
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from typing import Any, NamedTuple
 
 from gpuorchd.core.policy import Policy, PolicyError, user_names
 from gpuorchd.host.start import StartError
+from gpuorchd.host.users import resolve_users
 
 VERSION = 1
 FILE_NAME = "settings.json"
@@ -141,20 +141,11 @@ def boot_id() -> str:
         return ""
 
 
-def resolve_users(document: Mapping[str, object]) -> dict[str, int]:
-    """Look up the user names of a policy or a change; names that do not exist are left out."""
-    uids: dict[str, int] = {}
-    for name in user_names(document):
-        try:
-            uids[name] = pwd.getpwnam(name).pw_uid
-        except KeyError:
-            continue
-    return uids
-
-
 def _document(text: bytes) -> Mapping[str, Any]:
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
+        # Half of a surrogate pair, which the decoder lets through, could not be written again.
+        json.dumps(document, ensure_ascii=False).encode()
     # RecursionError: a file of nothing but brackets.
     except (ValueError, RecursionError) as error:
         raise _Damaged(f"is not JSON: {error}") from None
@@ -182,8 +173,9 @@ def _read(document: Mapping[str, Any], safe_mode_env: bool | None, boot: str) ->
     cold = _field(document, "boot_id", str) != boot
     if safe_mode_env is not None and (cold or safe_mode_env != last_env):
         run_time = None
-    uids = resolve_users(policy)
-    unknown = tuple(sorted(set(user_names(policy)) - set(uids)))
+    names = set(user_names(policy))
+    uids = resolve_users(names)
+    unknown = tuple(sorted(names - set(uids)))
     try:
         loaded = Policy.load(policy, uids | dict.fromkeys(unknown, NO_UID))
     except PolicyError as error:

@@ -186,6 +186,7 @@ class Connection(Outliving, asyncio.BufferedProtocol):
         """Go on taking requests where it was this answer that was waited for."""
         if self.deferred and self._deferred_id == request_id:
             self.go_on()
+            self.board.tell_answered()
 
     def go_on(self) -> None:
         """Take further requests: the deferred one waits for nothing that they could overtake."""
@@ -234,11 +235,12 @@ class Connection(Outliving, asyncio.BufferedProtocol):
             self._shut_output()
 
     def close_after_reply(self) -> None:
-        """Say nothing more, and end when all that was said has left."""
+        """Say nothing more, and end when all that was said has left, or after a while."""
         self._closing = self.muted = True
         self._direct = False
         self.drop_subscriptions()
         self.leave()
+        self.board.linger(self)
 
     def close(self) -> None:
         """End the connection now; what is unsent is lost."""
@@ -355,10 +357,9 @@ class Connection(Outliving, asyncio.BufferedProtocol):
             self._watch()
 
     def _discard(self, nbytes: int) -> None:
-        if self._closing:
-            self._discarded += nbytes
-            if self._discarded > DISCARD_BYTES:
-                self.close()
+        self._discarded += nbytes
+        if self._closing and self._discarded > DISCARD_BYTES:
+            self.close()
 
     # The end.
 
@@ -369,7 +370,7 @@ class Connection(Outliving, asyncio.BufferedProtocol):
         self._flushed()
 
     def _shut_output(self) -> None:
-        """Everything is with the kernel: say so, and give the peer some time to close."""
+        """Everything is with the kernel: say so, and let the peer close."""
         if self._intake.has_ended:
             self.close()
         elif not self._shut:
@@ -378,11 +379,8 @@ class Connection(Outliving, asyncio.BufferedProtocol):
                 self.sock.shutdown(socket.SHUT_WR)
             except OSError:
                 self.close()
-            else:
-                self.board.linger(self)
 
     def _watch(self) -> None:
-        """Watch for what the loop does not tell."""
         if self.ended:
             return
         blocked = self.outbox.blocked

@@ -212,12 +212,12 @@ def _policy_set(board: Switchboard, conn: Connection, request: asked.PolicySet) 
         message = f"changes name {len(names)} users; allowed: at most {USER_NAMES_MAX} in a change"
         _bad_request(conn, request.id, "changes", message)
         return
-    found = {name: board.services.resolve_user(name) for name in names}
-    uids = {name: uid for name, uid in found.items() if uid is not None}
     conn.defer(request.id)
-    board.engine.submit(
-        PolicyChangeAsked(conn.number, request.id, request.changes, request.if_revision, uids)
-    )
+    change = PolicyChangeAsked(conn.number, request.id, request.changes, request.if_revision, {})
+    if names:
+        board.look_up(names, change)
+    else:
+        board.engine.submit(change)
 
 
 # What only shows: a view.
@@ -281,8 +281,8 @@ def _bad_cursor(conn: Connection, request: asked.Allocations | asked.Queue) -> N
 
 def _explain(board: Switchboard, conn: Connection, request: asked.Explain) -> None:
     engine = board.engine
-    peer = conn.identify()
-    result = engine.machine.explain(peer, ask_of(request), engine.now_ns())
+    peer = conn.look()
+    result = engine.machine.explain(peer, ask_of(request), engine.now_ns(), conn.number)
     if isinstance(result, Refusal):
         fault = Fault(str(result.code), result.message, result.field, request.id, conn.op)
         conn.refuse(fault)

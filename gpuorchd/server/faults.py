@@ -10,6 +10,7 @@ Nothing here raises for anything that a peer can send.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -173,12 +174,20 @@ def _line_fault(line: bytes) -> Fault:
             raw = msgspec.json.decode(line)
         except msgspec.ValidationError:
             # Good JSON with a number that no type holds: out of range, not malformed.
-            raw = json.loads(line, parse_int=_whole_number, parse_constant=_not_json)
+            raw = _lenient(line)
     except RecursionError:
         return _too_deep()
     except ValueError as error:
         return _bad_frame(f"the line of {len(line)} bytes is not JSON: {error}")
     return _message_fault(raw, text=True)
+
+
+def _lenient(line: bytes) -> object:
+    """Decode JSON whatever its numbers. Raises ValueError for all else that is not JSON."""
+    raw: object = json.loads(line.decode(), parse_int=_whole_number, parse_constant=_not_json)
+    # Python's decoder lets half a surrogate pair through, which no reply could repeat.
+    json.dumps(raw, ensure_ascii=False).encode()
+    return raw
 
 
 def _whole_number(digits: str) -> int | float:
@@ -242,8 +251,25 @@ def _field_fault(raw: Mapping[str, Any], kind: type[Request], op: str) -> tuple[
                 return f"{name} is missing; allowed: {ALLOWED[name]}", name
         elif not _fits(raw[name], field.type) or not _printable(name, raw[name]):
             return f"{name} is {show(raw[name])}; allowed: {ALLOWED[name]}", name
+    for name in fields:
+        if name in raw and _holds_infinity(raw[name]):
+            return f"{name} holds a number that is out of every range", name
     # Every field is right by itself. Not known to happen, but a peer must not be able to find out.
     return f"the request cannot be read as {op}", None
+
+
+def _holds_infinity(value: object) -> bool:
+    """Whether there is a number in a value that JSON can say and no type can hold."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, float) and math.isinf(item):
+            return True
+        if isinstance(item, dict):
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+    return False
 
 
 def _fits(value: object, kind: Any) -> bool:

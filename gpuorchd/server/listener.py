@@ -118,7 +118,10 @@ class Server:
         self._loop.add_reader(listening.fileno(), self._accept)
 
     async def stop(self) -> None:
-        """Accept nothing more, send what is unsent for a second at most, close everything.
+        """Accept nothing more, give and send what is to be answered, close everything.
+
+        Answers that take time, and kernels that do not take what is unsent, are waited for: a
+        second at most.
 
         The engine is told of the stop before, so that waiting requests have their answers and
         holders hear of it; requests that come meanwhile are answered `shutting_down`.
@@ -127,6 +130,7 @@ class Server:
         board = self._board
         board.flush()
         deadline = self._loop.time() + self._options.stop_s
+        await board.answers_given(deadline)
         while board.unsent.total_bytes and self._loop.time() < deadline:
             await board.watch.told(deadline - self._loop.time())
         await asyncio.gather(*self._opening, return_exceptions=True)

@@ -42,6 +42,10 @@ class Peered(Speaker):
             self.board.engine.submit(ClientArrived(self.number, self.peer))
         return self.peer
 
+    def look(self) -> Peer:
+        """Find out who the peer is, without promising it anything."""
+        return self.peer or self.board.services.look(self.fd)
+
     def is_admin(self) -> bool:
         """Whether the peer may use admin ops."""
         gid = self.board.options.admin_gid

@@ -5,7 +5,7 @@ The start-up code fills in both. Nothing here has behaviour.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,14 +52,16 @@ class Services:
     # stays the caller's. Called once for a connection, before its first event. Raises
     # `PeerNotTaken` where it cannot be known or watched; it may be called again then.
     identify: Callable[[int], Peer]
+    # The same for a peer that is promised nothing: nobody is watched.
+    look: Callable[[int], Peer]
     # The answer to `ready`: `ready` and `checks`.
     ready: Callable[[], Mapping[str, object]]
     device_status: Callable[[], DeviceStatus]
     telemetry: Callable[[], Mapping[DeviceUuid, Telemetry]]
     # Yields to lease work while it renders. One call is shared by all who ask meanwhile.
     render_metrics: Callable[[], Awaitable[str]]
-    # A user's number by name, None where there is no such user.
-    resolve_user: Callable[[str], int | None]
+    # Users' numbers by name, without those that do not exist. It may take long.
+    resolve_users: Callable[[Iterable[str]], Awaitable[Mapping[str, int]]]
     # Send a signal, by its short name, through the process's pidfd while it has that uid.
     signal_peer: Callable[[ProcessKey, int, str], None]
     # A bug met while handling a request (op, id): log it and stop the daemon. The request has been

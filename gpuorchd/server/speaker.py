@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # What a late answer of the core belongs to, unless something else was deferred.
 LATE_OP: Final = "lease"
+UNSAYABLE: Final = "the request is refused for a value that no message can hold"
 
 
 class Speaker:
@@ -115,7 +116,12 @@ class Speaker:
     def refuse(self, fault: Fault) -> None:
         """Answer a request with an error; some end the connection."""
         message = replies.error(fault.request_id, fault.code, fault.message, fault.field)
-        self.send(self.encode(message))
+        try:
+            data = self.encode(message)
+        except (ValueError, OverflowError):
+            # Not known to happen: what was decoded can be encoded. A peer must not find out.
+            data = self.encode(replies.error(None, fault.code, UNSAYABLE, None))
+        self.send(data)
         self.board.count(fault.op or "unknown", fault.code)
         self.board.limits.add(fault)
         if fault.code in words.CLOSING:

@@ -13,7 +13,7 @@ daemon stops.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections.abc import Set
 from time import time_ns
 from typing import TYPE_CHECKING, Final
 
@@ -26,7 +26,7 @@ from gpuorchd.core.effects import (
     AnswerPolicy,
     SignalPeer,
 )
-from gpuorchd.core.events import Event
+from gpuorchd.core.events import Event, PolicyChangeAsked
 from gpuorchd.core.model import NS_PER_S, ConnectionId, RequestId
 from gpuorchd.engine import Engine
 from gpuorchd.server import replies
@@ -78,12 +78,17 @@ class Switchboard:
         self.dirty: list[Speaker] = []
         # The connection whose requests are being taken right now.
         self.busy: Connection | None = None
-        self._lingering: deque[tuple[float, Connection]] = deque()
+        # Connections that are to close, in the order in which they are cut off, and when.
+        self._lingering: dict[ConnectionId, float] = {}
         self._linger_timer: asyncio.TimerHandle | None = None
         self._rendering: asyncio.Task[None] | None = None
         # Set once everything is being closed: done when the last connection is gone.
         self._empty: asyncio.Future[None] | None = None
         self._awaiting_metrics: list[tuple[Connection, RequestId]] = []
+        # User names that are being looked up, each for a change that waits for it.
+        self._look_ups: set[asyncio.Task[None]] = set()
+        # Set while a stop waits for answers that take time: done when one was given.
+        self._answered: asyncio.Future[None] | None = None
         engine.on(AnswerGrant, self._grant)
         engine.on(AnswerDenial, self._deny)
         engine.on(Answer, self._answer)
@@ -141,12 +146,14 @@ class Switchboard:
     def disconnected(self, connection: Connection) -> None:
         """Forget a connection that the loop has closed."""
         self.connections.pop(connection.number, None)
+        self._lingering.pop(connection.number, None)
+        self.tell_answered()
         if self._empty is not None and not self.connections and not self._empty.done():
             self._empty.set_result(None)
 
     def linger(self, connection: Connection) -> None:
-        """Close a connection after a while, if it is still there then."""
-        self._lingering.append((self.loop.time() + self.options.linger_s, connection))
+        """Close a connection after a while, if it is still there then; counted once."""
+        self._lingering.setdefault(connection.number, self.loop.time() + self.options.linger_s)
         if self._linger_timer is None:
             self._linger_timer = self.loop.call_later(self.options.linger_s, self._end_lingering)
 
@@ -157,8 +164,32 @@ class Switchboard:
         if self._rendering is None:
             self._rendering = self.loop.create_task(self._render())
 
+    def look_up(self, names: Set[str], change: PolicyChangeAsked) -> None:
+        """Hand the engine a change once the users in it are known."""
+        task = self.loop.create_task(self._look_up(names, change))
+        self._look_ups.add(task)
+        task.add_done_callback(self._look_ups.discard)
+
+    async def answers_given(self, until: float) -> None:
+        """Wait until every answer that takes time was given, to a moment of the loop at most."""
+        while any(x.deferred and not x.ended for x in self.connections.values()):
+            left_s = until - self.loop.time()
+            if left_s <= 0:
+                break
+            self._answered = self.loop.create_future()
+            await asyncio.wait([self._answered], timeout=left_s)
+        self._answered = None
+
+    def tell_answered(self) -> None:
+        """Note that an answer that takes time was given, or that nobody is there to get it."""
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_result(None)
+
     async def close(self) -> None:
         """Close every connection and give back what is shared."""
+        for task in self._look_ups:
+            task.cancel()
+        await asyncio.gather(*self._look_ups, return_exceptions=True)
         if self._rendering is not None:
             self._rendering.cancel()
             await asyncio.gather(self._rendering, return_exceptions=True)
@@ -248,14 +279,18 @@ class Switchboard:
     def _end_lingering(self) -> None:
         self._linger_timer = None
         now = self.loop.time()
-        while self._lingering and self._lingering[0][0] <= now:
-            self._lingering.popleft()[1].close()
-        # Those that have gone by themselves need no timer.
-        while self._lingering and self._lingering[0][1].ended:
-            self._lingering.popleft()
-        if self._lingering:
-            delay_s = self._lingering[0][0] - now
-            self._linger_timer = self.loop.call_later(delay_s, self._end_lingering)
+        for number, due in tuple(self._lingering.items()):
+            if due > now:
+                self._linger_timer = self.loop.call_later(due - now, self._end_lingering)
+                break
+            del self._lingering[number]
+            connection = self.connections.get(number)
+            if connection is not None:
+                connection.close()
+
+    async def _look_up(self, names: Set[str], change: PolicyChangeAsked) -> None:
+        uids = await self.services.resolve_users(names)
+        self.submit(change._replace(uids=uids))
 
     async def _render(self) -> None:
         try:

@@ -74,6 +74,23 @@ def test_a_process_over_the_bound_is_refused_and_those_within_it_go_on(tmp_path:
         assert daemon.stop() == 0
 
 
+def test_one_user_does_not_take_all_places_and_a_dry_run_takes_none(tmp_path: Path) -> None:
+    ask = {"agent": "a", "min_memory_mb": 100}
+    bounds = ("--max-processes-per-uid", "1")
+    with (
+        running_daemon(tmp_path, *SIMULATED, *bounds) as daemon,
+        other_process(daemon.socket) as other,
+        daemon.client() as first,
+    ):
+        assert other.ask("explain", **ask)["would_grant"] is True
+        assert first.ask("lease", **ask)["granted"] is True
+        error = other.ask("lease", **ask)["error"]
+        assert error["code"] == "limit"
+        assert "at most 1 processes of one user" in error["message"]
+        assert other.ask("explain", **ask)["would_grant"] is True
+        assert daemon.stop() == 0
+
+
 def test_a_bug_is_answered_logged_with_its_place_and_ends_the_daemon(tmp_path: Path) -> None:
     # The daemon with one view broken.
     script = (

@@ -168,8 +168,21 @@ async def test_a_look_watches_nothing(peers: Peers, watch: Watch) -> None:
     child = peers.start()
     fd = peers.connect(child)
     assert made.look(fd).process == key_of(child.pid)
-    assert made.credentials(fd) == (child.pid, os.getuid(), os.getgid())
-    assert made.count == 0
+    assert (made.count, made.count_of(os.getuid())) == (0, 0)
+
+
+async def test_processes_are_counted_by_the_user_they_belong_to(peers: Peers, watch: Watch) -> None:
+    made, engine = watch
+    first, second = peers.start(), peers.start()
+    for child in (first, first, second):
+        made.identify(peers.connect(child))
+    assert (made.count_of(os.getuid()), made.count_of(os.getuid() + 1)) == (2, 0)
+    made.release_unused(key_of(first.pid))
+    made.release_unused(key_of(first.pid))
+    assert made.count_of(os.getuid()) == 1
+    peers.kill(second)
+    await engine.first(ProcessEnded)
+    assert made.count_of(os.getuid()) == 0
 
 
 async def test_what_is_forgotten_is_not_told(peers: Peers, watch: Watch) -> None:

@@ -68,6 +68,19 @@ class Books:
             sums[lease.holder] = (live_mb, drain_mb)
         return sums
 
+    def lent(self, lease: Held) -> bool:
+        """Whether nobody but its holder can be using a draining lease: it may lease it again."""
+        return not lease.live and lease.processes == {lease.holder}
+
+    def kept_mb(self, uuid: DeviceUuid, holder: ProcessKey, *, most: bool) -> int:
+        """Sum what drains of a holder's leases and is kept even from itself."""
+        shares = [
+            x.shares[uuid]
+            for x in self.of_holder(holder)
+            if uuid in x.shares and not x.live and not self.lent(x)
+        ]
+        return sum(share.most_mb if most else share.least_mb for share in shares)
+
     def charges(self, uuid: DeviceUuid, agent: str) -> int:
         """Sum what counts against an agent's cap on a card."""
         return sum(
@@ -108,8 +121,19 @@ class Books:
         self, uuid: DeviceUuid, use: ProcessUse, holders: dict[ProcessKey, str | None]
     ) -> list[ProcessKey]:
         found = [use.process] if use.process in holders else []
-        found += [x.holder for x in self.leases.values() if use.process in x.seen]
+        seen = [x for x in self.leases.values() if use.process in x.seen]
+        if found and not self._may_claim(uuid, use.process):
+            # It was a lease's before it connected itself, and has none of its own here.
+            here = [x.holder for x in seen if self._may_claim(uuid, x.holder, x)]
+            if here:
+                return here
+        found += [x.holder for x in seen]
         return found + self._kin(uuid, use, holders)
+
+    def _may_claim(self, uuid: DeviceUuid, holder: ProcessKey, only: Held | None = None) -> bool:
+        leases = self.of_holder(holder) if only is None else [only]
+        shares = [x.shares[uuid] for x in leases if uuid in x.shares and not x.live]
+        return any(x.live and uuid in x.shares for x in leases) or any(x.most_mb for x in shares)
 
     def _kin(
         self, uuid: DeviceUuid, use: ProcessUse, holders: dict[ProcessKey, str | None]
@@ -187,7 +211,7 @@ class Books:
     def _lease_again(self, holder: ProcessKey, uuid: DeviceUuid, memory_mb: int) -> None:
         for old in self.of_holder(holder):
             share = old.shares.get(uuid)
-            if share is not None and not old.live:
+            if share is not None and self.lent(old):
                 moved_mb = min(share.least_mb, memory_mb)
                 share.least_mb -= moved_mb
                 memory_mb -= moved_mb
@@ -291,7 +315,10 @@ class Books:
                     continue
                 kin = self._kin(reading.uuid, use, holders)[:1]
                 for lease in self.leases.values():
-                    if reading.uuid in lease.shares and [lease.holder] == kin:
+                    share = lease.shares.get(reading.uuid)
+                    if share is None or not (lease.live or share.most_mb):
+                        continue
+                    if [lease.holder] == kin:
                         lease.processes.add(use.process)
                         lease.seen.add(use.process)
             self._settle(reading.uuid, started_ns, told)
@@ -337,9 +364,13 @@ class Books:
             del self.leases[lease.lease_id]
             self._doubt(lease)
             self._told.clear()
-            if lease.seen:
-                for uuid in lease.shares:
-                    self.seats[uuid].doubtful = True
+            connected = any(peer.process == lease.holder for peer in self.peers.values())
+            if lease.seen or not connected:
+                # Whom they count to now is settled by the next reading.
+                for seat in self.seats.values():
+                    uses = seat.reading.processes if seat.reading is not None else ()
+                    if lease.seen or any(use.process == lease.holder for use in uses):
+                        seat.doubtful = True
 
     def find(self, facts: tuple[DeviceFacts, ...]) -> None:
         """Note the cards that are present now, all of them."""

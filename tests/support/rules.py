@@ -6,7 +6,7 @@ should carry. Decides nothing for the core; the observer compares.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 from gpuorchd.core.model import Ask, DeviceUuid, Note, Priority, ProcessKey
@@ -182,7 +182,13 @@ class Rules:
                     seat.facts.uuid
                     for seat in seats
                     if reasons[seat.facts.uuid] not in NOT_FOR_MEMORY
+                    and not (
+                        reasons[seat.facts.uuid] is Note.INSUFFICIENT_MEMORY
+                        and self._foreign(ask, holder, seat, most)
+                    )
                 )
+                if len(wanted) < ask.gpus:
+                    wanted = frozenset()
                 return Verdict(note, wanted, doubtful=doubtful)
         return Verdict(None, doubtful=doubtful)
 
@@ -214,42 +220,56 @@ class Rules:
         if uuid in reserved:
             return Note.RESERVED
         fits = (
-            self._whole_fits(seat, holder, most)
-            if self.whole(ask)
-            else self._not_taken_whole(uuid, holder, most)
+            self._whole_fits(seat, holder, most) if self.whole(ask) else self._not_taken_whole(uuid)
         ) and self.room_mb(seat, holder, most=most) >= max(1, self.asked_mb(ask))
         return None if fits else Note.INSUFFICIENT_MEMORY
 
-    def _not_taken_whole(self, uuid: DeviceUuid, holder: ProcessKey, most: bool) -> bool:
+    def _not_taken_whole(self, uuid: DeviceUuid) -> bool:
         for lease in self.books.leases.values():
-            share = lease.shares.get(uuid)
-            if share is None or not lease.whole:
-                continue
-            if lease.live or most:
-                return False
-            if share.least_mb and lease.holder != holder:
+            if lease.whole and lease.live and uuid in lease.shares:
                 return False
         return True
 
     def _whole_fits(self, seat: Seat, holder: ProcessKey, most: bool) -> bool:
         uuid = seat.facts.uuid
         for other, (live_mb, drain_mb) in self.books.claims(uuid, most=most).items():
-            own_residue = other == holder and not most and seat.facts.drain_ns is None
-            if live_mb or (drain_mb and not own_residue):
+            if other == holder and not most and seat.facts.drain_ns is None:
+                drain_mb = self.books.kept_mb(uuid, holder, most=most)
+            if live_mb or drain_mb:
                 return False
+        return self._strays_fit(seat, holder, frozenset())
+
+    def _strays_fit(self, seat: Seat, holder: ProcessKey, others: Set[ProcessKey]) -> bool:
+        """Whether all but a holder's own and those of `others` leave a card to be taken."""
         if seat.reading is None:
             return True
-        told = self.books.told(uuid)
+        told = self.books.told(seat.facts.uuid)
         strays_mb = 0
         for use in seat.reading.processes:
-            if told.owners.get(use.process) == holder or use.process == holder:
+            owner = told.owners.get(use.process)
+            if owner == holder or owner in others or use.process == holder:
                 continue
-            if holder in use.ancestors and use.process not in told.owners:
+            if holder in use.ancestors and owner is None:
                 continue
             if use.used_mb is None:
                 return False
             strays_mb += use.used_mb
         return strays_mb <= self.policy.whole("exclusive_stray_mb")
+
+    def _foreign(self, ask: Ask, holder: ProcessKey, seat: Seat, most: bool) -> bool:
+        """Whether a card that is not enough would not be even if all leases on it ended."""
+        if seat.reading is None or seat.facts.drain_ns is not None:
+            return False
+        uuid = seat.facts.uuid
+        held = {other for other, sums in self.books.claims(uuid, most=most).items() if any(sums)}
+        if self.whole(ask) and not self._strays_fit(seat, holder, held):
+            return True
+        told = self.books.told(uuid)
+        used = [told.used.get(other, 0) for other in held | {holder}]
+        if None in used:
+            return False
+        reach_mb = seat.reading.free_mb + sum(mb or 0 for mb in used)
+        return min(seat.capacity_mb, reach_mb) < max(1, self.asked_mb(ask))
 
     def room_mb(self, seat: Seat, holder: ProcessKey, *, most: bool) -> int:
         """Say how much a holder could lease on a card, by ledger and by reading."""
@@ -260,6 +280,8 @@ class Rules:
         ledger_mb = seat.capacity_mb - others_mb - own_live_mb
         if seat.facts.drain_ns is not None:
             return ledger_mb - own_drain_mb
+        own_kept_mb = self.books.kept_mb(uuid, holder, most=most)
+        ledger_mb -= own_kept_mb
         assert seat.reading is not None, "an unread card has no room to speak of"
         told = self.books.told(uuid)
         unmet_mb = sum(
@@ -277,7 +299,7 @@ class Rules:
         if not most:
             # Leasing what it uses already takes nothing from anybody.
             kept_free_mb = max(0, kept_free_mb)
-        return min(ledger_mb, kept_free_mb + own_used_mb - own_live_mb)
+        return min(ledger_mb, kept_free_mb + own_used_mb - own_live_mb - own_kept_mb)
 
 
 def reserved_by(verdicts: Iterable[Verdict]) -> frozenset[DeviceUuid]:

@@ -158,7 +158,7 @@ class Script:
         self.stage.arrive(link)
         peer = self.stage.observer.books.peers[link.conn]
         now_ns = self.stage.world.now_ns
-        told = self.stage.machine.explain(peer, ask(words, options), now_ns)
+        told = self.stage.machine.explain(peer, ask(words, options), now_ns, link.conn)
         note = None
         if isinstance(told, Denial):
             note = told.note.value

@@ -315,7 +315,7 @@ class Stage:
         self._tokens += 1
         token = Token(f"token-{self._tokens}")
         peer = self.observer.books.peers[link.conn]
-        foretold = self.machine.explain(peer, ask, self.world.now_ns)
+        foretold = self.machine.explain(peer, ask, self.world.now_ns, link.conn)
         effects = self.submit(ev.LeaseAsked(link.conn, request_id, ask, token))
         check_foretold(foretold, effects, link.conn, request_id)
         return effects
@@ -356,7 +356,7 @@ class Stage:
 def check_foretold(
     foretold: object, effects: list[fx.Effect], conn: ConnectionId, request_id: RequestId
 ) -> None:
-    """Check that a dry run told what then happened. A bound may refuse besides."""
+    """Check that a dry run told what then happened."""
     for effect in effects:
         match effect:
             case fx.AnswerGrant(lease) if (lease.conn, lease.request_id) == (conn, request_id):
@@ -366,7 +366,7 @@ def check_foretold(
                 assert effect.denial == foretold, f"{effect.denial}, foretold {foretold}"
                 return
             case fx.AnswerError() if effect[:2] == (conn, request_id):
-                assert effect.refusal == foretold or effect.refusal.code == "limit"
+                assert effect.refusal == foretold, f"{effect.refusal}, foretold {foretold}"
                 return
             case _:
                 continue

@@ -301,3 +301,16 @@ def test_the_file_is_replaced_only_once_its_bytes_are_on_disk(
     monkeypatch.setattr(os, "replace", watch_replace)
     write_atomically(path, b"new")
     assert steps == ["file", "rename", "folder"]
+
+
+def test_a_user_name_that_is_none_matches_nobody_and_half_a_pair_sets_the_file_aside(
+    path: Path,
+) -> None:
+    keep(path, run_time=None)
+    policy = json.loads(path.read_text())["policy"] | {"agents": {"a": {"users": ["a\0b"]}}}
+    change(path, policy=policy)
+    kept = load_settings(path, None, BOOT)
+    assert kept.unknown_users == ("a\0b",)
+    assert not kept.policy.rule("a").admits(Peer(ProcessKey(1, 1), 0))
+    change(path, cordons={"GPU-1": "\ud800"})
+    assert load_settings(path, None, BOOT).set_aside is not None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gpuorchd.core.model import Ask, Priority
 from gpuorchd.server.dispatch import HANDLERS
 from gpuorchd.server.faults import ALLOWED, Fault, read_frame, read_line
+from gpuorchd.server.replies import encode_frame, encode_line, error
 from gpuorchd.server.requests import BY_OP, NESTING_MAX, Lease, ask_of, nesting
 from libclient.wire import vocabulary as words
 
@@ -42,6 +43,10 @@ def check(outcome: object) -> None:
         assert outcome.message.isprintable()
         assert len(outcome.message) < 600
         assert (outcome.code == words.BAD_FRAME) <= (outcome.request_id is None)
+        told = error(outcome.request_id, outcome.code, outcome.message, outcome.field)
+        # Whatever is found wrong can be said in both modes.
+        assert encode_frame(told)
+        assert encode_line(told)
     else:
         assert type(outcome) in HANDLERS
 
@@ -79,6 +84,40 @@ def test_no_fields_raise_and_both_modes_agree(
     check(lined)
     if request_id is not None:
         assert lined == framed
+
+
+# What JSON can say, and no type or no reply can hold: halves of surrogate pairs, numbers without
+# end.
+ODD_JSON = st.sampled_from(
+    ['"\\ud800"', '"\\udfffx"', '"\\ud83d\\ude00"', "1e999", "9" * 30, "9" * 5_000, '"a"', "1"]
+)
+
+
+@given(
+    op=st.sampled_from([json.dumps(op) for op in BY_OP]) | ODD_JSON,
+    request_id=ODD_JSON,
+    fields=st.dictionaries(
+        st.sampled_from([json.dumps(field) for field in FIELDS]) | ODD_JSON, ODD_JSON, max_size=3
+    ),
+    raw=st.sampled_from([b"", b"\xed\xa0\x80", b"\xff"]),
+)
+def test_odd_texts_and_numbers_on_a_line_are_answered(
+    op: str, request_id: str, fields: dict[str, str], raw: bytes
+) -> None:
+    told = {**fields, '"id"': request_id, '"op"': op}
+    line = "{" + ",".join(f"{name}:{value}" for name, value in told.items()) + "}"
+    outcome = read_line(line.encode().replace(b'"a"', b'"a' + raw + b'"'))
+    assert outcome is not None
+    check(outcome)
+
+
+@pytest.mark.parametrize("half", [rb"\ud800", b"\xed\xa0\x80"])
+@pytest.mark.parametrize("where", ['"x":1e999,"op":"health","id":"a"', '"x":1e999,"op":"a","id":1'])
+def test_half_a_surrogate_pair_is_no_text(where: str, half: bytes) -> None:
+    line = b"{" + where.encode().replace(b'"a"', b'"' + half + b'"') + b"}"
+    fault = read_line(line)
+    assert isinstance(fault, Fault)
+    assert (fault.code, fault.request_id) == ("bad_frame", None)
 
 
 def test_every_op_of_the_contract_has_a_request_and_a_handler() -> None:
@@ -160,6 +199,8 @@ def test_a_bare_lease_is_the_cores_default() -> None:
         (b'{"op":"lease","agent":"a","wait_s":NaN}', "bad_frame", None),
         (b'{"op":"lease","agent":"a","wait_s":Infinity}', "bad_frame", None),
         (b'{"op":"health","id":' + b"9" * 30 + b"}", "bad_request", "id"),
+        (b'{"op":"policy_set","changes":{"x":1e999}}', "bad_request", "changes"),
+        (b'{"op":"policy_set","changes":{"x":[{"y":-1e999}]}}', "bad_request", "changes"),
     ],
 )
 def test_numbers_that_no_type_holds_are_out_of_range(

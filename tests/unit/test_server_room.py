@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,18 @@ from gpuorchd.core.effects import (
     TakeReading,
     WatchProcess,
 )
+from gpuorchd.core.events import SettingsPersisted
 from gpuorchd.core.machine import Machine
 from gpuorchd.core.model import Peer, ProcessKey, RequestId
 from gpuorchd.core.state import Settings
 from gpuorchd.devices.telemetry import DeviceStatus
 from gpuorchd.engine import Engine
+from gpuorchd.server.connection import Connection
 from gpuorchd.server.listener import Server
 from gpuorchd.server.services import Options, Services
 from tests.support.wire import LENGTH, packed
 
+OPTIONS = Options(version="0")
 STATUS = DeviceStatus(False, False, None, None, False, "", False, None)
 
 
@@ -38,6 +42,8 @@ class Bugs:
 
     def __init__(self) -> None:
         self.met: list[tuple[str, str, RequestId]] = []
+        # A directory of users that answers once this is set.
+        self.asked, self.answer = asyncio.Event(), asyncio.Event()
 
     def on_bug(self, error: Exception, op: str, request_id: RequestId) -> None:
         self.met.append((str(error), op, request_id))
@@ -48,12 +54,17 @@ class Bugs:
     def identify(self, fd: int) -> Peer:
         return Peer(ProcessKey(1, 1), 0)
 
+    async def resolve(self, names: Iterable[str]) -> Mapping[str, int]:
+        self.asked.set()
+        await self.answer.wait()
+        return dict.fromkeys(names, 7)
+
     async def render(self) -> str:
         raise RuntimeError("a bug in metrics")
 
 
 @asynccontextmanager
-async def served(bugs: Bugs, path: Path) -> AsyncIterator[Server]:
+async def served(bugs: Bugs, path: Path, options: Options = OPTIONS) -> AsyncIterator[Server]:
     """Serve on a socket at `path` for as long as it lasts."""
     loop = asyncio.get_running_loop()
     engine = Engine(Machine(Settings(epoch="abcdef")), loop)
@@ -61,22 +72,27 @@ async def served(bugs: Bugs, path: Path) -> AsyncIterator[Server]:
         CloseDevices,
         ForgetProcess,
         OpenDevices,
-        PersistSettings,
         TakeReading,
         WatchProcess,
     ):
         engine.on(kind, lambda effect: None)
+
+    def persist(effect: PersistSettings) -> None:
+        loop.call_soon(engine.submit, SettingsPersisted())
+
+    engine.on(PersistSettings, persist)
     services = Services(
         identify=bugs.identify,
+        look=bugs.identify,
         ready=bugs.ready,
         device_status=lambda: STATUS,
         telemetry=dict,
         render_metrics=bugs.render,
-        resolve_user=lambda name: None,
+        resolve_users=bugs.resolve,
         signal_peer=lambda process, uid, name: None,
         on_bug=bugs.on_bug,
     )
-    server = Server(engine, services, Options(version="0"), loop)
+    server = Server(engine, services, options, loop)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()
@@ -173,3 +189,86 @@ async def test_a_stop_closes_everyone_and_leaves_the_socket_to_its_owner(tmp_pat
 def is_there(path: str) -> bool:
     """Whether the socket file still has its name."""
     return os.path.exists(path)
+
+
+def connections() -> int:
+    """Count the connections that anything still knows."""
+    gc.collect()
+    return sum(1 for each in gc.get_objects() if isinstance(each, Connection))
+
+
+async def until(server: Server, open_connections: int) -> None:
+    """Wait until the server has so many connections; the test's own limit ends a vain wait."""
+    while server.connections != open_connections:
+        await asyncio.sleep(0.01)
+
+
+async def test_who_is_closed_for_a_fault_and_does_not_read_is_cut_off(tmp_path: Path) -> None:
+    options = Options(version="0", unsent_bytes_per_connection=10_000_000, linger_s=0.2)
+    async with served(Bugs(), tmp_path / "s", options) as server:
+        _, writer = await asyncio.open_unix_connection(tmp_path / "s", limit=1)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]  # it has the method
+        await until(server, 1)
+        for number in range(3_000):
+            writer.write(packed({"id": number, "op": "policy_get"}))
+        writer.write(bytes(4))
+        await writer.drain()
+        await until(server, 0)
+        writer.close()
+
+
+async def test_nothing_is_kept_of_a_connection_that_was_closed_for_a_fault(tmp_path: Path) -> None:
+    before = connections()
+    async with served(Bugs(), tmp_path / "s") as server:
+        for _ in range(20):
+            reader, writer = await asyncio.open_unix_connection(tmp_path / "s")
+            writer.write(bytes(4))
+            while await reader.read(1_000):
+                pass
+            writer.close()
+            await writer.wait_closed()
+        await until(server, 0)
+        await asyncio.sleep(0)
+        assert connections() - before <= 1
+
+
+async def test_a_stop_gives_the_answers_that_take_time(tmp_path: Path) -> None:
+    bugs = Bugs()
+    changes = {"agents": {"a": {"users": ["somebody"]}}}
+    async with served(bugs, tmp_path / "s") as server:
+        asking = asyncio.create_task(
+            asked(tmp_path / "s", {"id": 1, "op": "policy_set", "changes": changes})
+        )
+        await bugs.asked.wait()
+        stopping = asyncio.create_task(server.stop())
+        # It is under way before the directory answers.
+        await asyncio.sleep(0)
+        bugs.answer.set()
+        await stopping
+        assert (await asking)[0]["policy"]["agents"] == changes["agents"]
+
+
+async def test_a_stop_does_not_wait_for_a_directory_that_does_not_answer(tmp_path: Path) -> None:
+    bugs = Bugs()
+    changes = {"agents": {"a": {"users": ["somebody"]}}}
+    async with served(bugs, tmp_path / "s", Options(version="0", stop_s=0.1)) as server:
+        asking = asyncio.create_task(
+            asked(tmp_path / "s", {"id": 1, "op": "policy_set", "changes": changes})
+        )
+        await bugs.asked.wait()
+        await server.stop()
+        with pytest.raises(asyncio.IncompleteReadError):
+            await asking
+
+
+async def test_others_are_served_while_a_directory_is_asked(tmp_path: Path) -> None:
+    bugs = Bugs()
+    async with served(bugs, tmp_path / "s"):
+        changes = {"agents": {"a": {"users": ["somebody"]}}}
+        asking = asyncio.create_task(
+            asked(tmp_path / "s", {"id": 1, "op": "policy_set", "changes": changes})
+        )
+        await bugs.asked.wait()
+        assert (await asked(tmp_path / "s", {"id": 2, "op": "health"}))[0]["ok"] is True
+        bugs.answer.set()
+        assert (await asking)[0]["ok"] is True
