@@ -84,7 +84,8 @@ def test_a_holder_that_never_reads_does_not_delay_the_stop(daemon: DaemonProcess
 
 def test_a_hangup_changes_nothing(daemon: DaemonProcess) -> None:
     daemon.signal(signal.SIGHUP)
-    daemon.wait_for_log("daemon.hangup_ignored")
+    line = daemon.wait_for_log("config.reloaded")
+    assert (line["taken"], line["waiting"]) == ([], [])
     with daemon.client() as client:
         assert client.ask("health")["status"] == "ok"
     assert daemon.stop() == 0
