@@ -30,7 +30,17 @@ ROOT: Final = Path(__file__).parent.parent
 SOURCES: Final = ("gpuorchd", "libclient", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 EXTRA: Final = "daemon"
 # Parts of Python that the daemon does not need, where Python itself has to be copied.
-UNNEEDED: Final = ("site-packages", "test", "idlelib", "tkinter", "ensurepip", "config-*", "*.a")
+UNNEEDED: Final = (
+    "site-packages",
+    "test",
+    "tests",
+    "lib2to3",
+    "idlelib",
+    "tkinter",
+    "ensurepip",
+    "config-*",
+    "*.a",
+)
 STEP_TIMEOUT_S: Final = 300.0
 VERSION: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -43,7 +53,7 @@ def install_program(places: Places, port_map: str) -> Path:
     try:
         packages = fresh / "lib" / f"python{VERSION}" / "site-packages"
         make_folder(packages)
-        _link_interpreter(places, fresh)
+        _link_interpreter(fresh)
         for found in dependencies():
             _copy(found, packages)
         _unpack(_wheel(port_map), packages)
@@ -150,20 +160,20 @@ def _unpack(wheel: bytes, packages: Path) -> None:
         archive.extractall(packages)
 
 
-def _link_interpreter(places: Places, fresh: Path) -> None:
+def _link_interpreter(fresh: Path) -> None:
+    """Let the new folder have an interpreter: a link to the host's, or a copy of this one."""
     bin_folder = fresh / "bin"
     make_folder(bin_folder)
+    (bin_folder / "python3").symlink_to("python")
     base = shared_interpreter()
     if base is None:
-        _copy_interpreter(fresh / "base")
-        home = places.libdir / "base" / "bin"
-        link = f"../base/bin/python{VERSION}"
-    else:
-        home, link = base.parent, str(base)
-    (bin_folder / "python").symlink_to(link)
-    (bin_folder / "python3").symlink_to("python")
-    config = fresh / "pyvenv.cfg"
-    config.write_text(f"home = {home}\ninclude-system-site-packages = false\nversion = {VERSION}\n")
+        _copy_interpreter(fresh)
+        (bin_folder / "python").symlink_to(f"python{VERSION}")
+        return
+    (bin_folder / "python").symlink_to(base)
+    (fresh / "pyvenv.cfg").write_text(
+        f"home = {base.parent}\ninclude-system-site-packages = false\nversion = {VERSION}\n"
+    )
 
 
 def shared_interpreter() -> Path | None:
@@ -178,23 +188,29 @@ def shared_interpreter() -> Path | None:
     return None
 
 
-def _copy_interpreter(target: Path) -> None:
-    """Copy this environment's own Python: it lies where the daemon's user cannot reach it."""
+def _copy_interpreter(fresh: Path) -> None:
+    """Copy this environment's own Python: it lies where the daemon's user cannot reach it.
+
+    It finds its library beside itself, wherever it lies, and the packages in it.
+    """
     base = Path(sys.base_prefix)
-    make_folder(target / "bin")
-    shutil.copy2(base / "bin" / f"python{VERSION}", target / "bin")
+    shutil.copy2(base / "bin" / f"python{VERSION}", fresh / "bin")
     library = f"python{VERSION}"
     skip = shutil.ignore_patterns("__pycache__", *UNNEEDED)
-    shutil.copytree(base / "lib" / library, target / "lib" / library, ignore=skip, symlinks=True)
+    shutil.copytree(
+        base / "lib" / library, fresh / "lib" / library, ignore=skip, dirs_exist_ok=True
+    )
     for shared in (base / "lib").glob("libpython*.so*"):
-        shutil.copy2(shared, target / "lib", follow_symlinks=False)
+        shutil.copy2(shared, fresh / "lib", follow_symlinks=False)
 
 
 def _compile(fresh: Path, final: Path) -> None:
     python = str(fresh / "bin" / "python")
     # Names in tracebacks are those of the running system.
     names = ["-s", str(fresh), "-p", str(final)]
-    _run([python, "-I", "-m", "compileall", "-q", "-j", "0", *names, str(fresh / "lib")])
+    command = [python, "-I", "-m", "compileall", "-q", "-j", "0", *names, str(fresh / "lib")]
+    # A package may bring a file that is no Python of this version, and that nobody imports.
+    _run(command, check=False)
 
 
 def _try(fresh: Path) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import site
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,3 +216,21 @@ def test_an_interpreter_without_the_daemon_is_refused() -> None:
         pytest.skip("no interpreter that others can reach is here")
     with pytest.raises(InstallError, match=r"cannot run gpuorchd\[daemon\]"):
         program.check_interpreter(bare, ports.daemon_port())
+
+
+@pytest.mark.slow
+def test_a_python_that_others_cannot_reach_is_copied_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if any("dist-packages" in folder for folder in site.getsitepackages([sys.base_prefix])):
+        # The system's own Python: it is not to be moved, and everyone can reach it.
+        assert program.shared_interpreter() is not None
+        return
+    monkeypatch.setattr(program, "shared_interpreter", lambda: None)
+    installed = Installed(tmp_path)
+    program.install_program(installed.places, ports.FILE.read_text())
+    code = "import sys, gpuorchd.daemon; print(sys.prefix, sys.base_prefix)"
+    done = installed.python("-c", code)
+    assert done.returncode == 0, done.stderr
+    libdir = str(installed.places.staged(installed.places.libdir))
+    assert done.stdout.split() == [libdir, libdir]

@@ -210,7 +210,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(
         where=PICK,
         what=st.sampled_from(
-            ("revoke", "cordon", "uncordon", "policy", "SAFE_MODE", "no SAFE_MODE")
+            ("revoke", "cordon", "uncordon", "policy", "SAFE_MODE", "no SAFE_MODE", "reload")
         ),
         changes=st.sampled_from(CHANGES),
     )
@@ -224,6 +224,10 @@ class CoreMachine(RuleBasedStateMachine):
                 self.cast.cordon(self.uuid(where), "hot" if what == "cordon" else None)
             case "policy":
                 self.cast.change_policy(changes)
+            case "reload":
+                limits = self.stage.machine.state.settings.limits
+                ttl_ns, age_ns = (0, 5 * SECOND)[where % 2], (2 + where % 3) * SECOND
+                self.stage.submit(ev.ConfigurationRead(limits, ttl_ns, age_ns))
             case _:
                 self.cast.change_policy({"safe_mode": what == "SAFE_MODE"})
 

@@ -116,10 +116,14 @@ class Script:
         )
 
     def configure(self, words: list[str], options: Options) -> None:
-        """`settings [ttl=TIME] [BOUND=N]...`."""
-        limits = {name: int(value) for name, value in options.items() if name in Limits._fields}
-        ttl_ns = ns(options.get("ttl", "0s"))
-        self.settings = Settings("s", limits=Limits(**limits), ttl_ns=ttl_ns)
+        """`settings [ttl=TIME] [age=TIME] [BOUND=N]...`; once all runs, they are read anew."""
+        bounds = {name: int(value) for name, value in options.items() if name in Limits._fields}
+        limits, ttl_ns = Limits(**bounds), ns(options.get("ttl", "0s"))
+        age_ns = ns(options.get("age", "3s"))
+        if self._stage is None:
+            self.settings = Settings("s", limits, ttl_ns, age_ns)
+        else:
+            self.stage.submit(ev.ConfigurationRead(limits, ttl_ns, age_ns))
 
     def devices(self, words: list[str], options: Options) -> None:
         """`devices NAME...`: these are there now, as a probe finds them; none: lost."""
