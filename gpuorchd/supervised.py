@@ -34,6 +34,8 @@ class Supervised:
         self._loop = loop
         self._remarks: list[Remark] = []
         self._shown = ""
+        # Whether a first line was tried.
+        self._begun = False
         self._status_timer: asyncio.TimerHandle | None = None
         self._ready_timer: asyncio.TimerHandle | None = None
         self._watchdog_timer: asyncio.TimerHandle | None = None
@@ -48,8 +50,8 @@ class Supervised:
         if self._ended:
             return
         self._say_ready()
-        self._show()
-        self._engine.at_turn_end(self.refresh)
+        self._turn_ended()
+        self._engine.at_turn_end(self._turn_ended)
         if self._notifier.watchdog_period_s is not None:
             self._feed()
 
@@ -84,13 +86,23 @@ class Supervised:
                 timer.cancel()
         self._status_timer = self._ready_timer = self._watchdog_timer = None
 
+    def _turn_ended(self) -> None:
+        if self._begun or self._engine.state.probing:
+            self.refresh()
+        elif not self._ended:
+            # The first line waits until there is something to say of the GPUs, and no longer.
+            self._show()
+
     def _say_ready(self) -> None:
         self._ready_timer = None
         if not self._notifier.ready():
             self._ready_timer = self._loop.call_later(AGAIN_S, self._say_ready)
 
     def _show(self) -> None:
-        self._status_timer = None
+        if self._status_timer is not None:
+            self._status_timer.cancel()
+            self._status_timer = None
+        self._begun = True
         remarks = [text for remark in self._remarks if (text := remark())]
         text = "; ".join([status_line(self._engine.state), *remarks])
         if text == self._shown:

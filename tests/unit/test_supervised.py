@@ -54,6 +54,33 @@ async def test_ready_comes_first_and_then_how_it_goes(told: Supervised, ear: Ear
     assert await hear(ear) == "STATUS=2 GPUs (0 of 163840 MiB leased), 0 leases, 0 waiting"
 
 
+async def test_the_first_line_waits_for_the_gpus_and_then_for_nothing(
+    ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ObservedEngine(cards=0)
+    notifier = Notifier({"NOTIFY_SOCKET": str(ear.path)})
+    told = Supervised(notifier, engine, asyncio.get_running_loop())
+    told.start()
+    assert await hear(ear) == "READY=1"
+    engine.submit(DevicesLost("no driver"))
+    assert await hear(ear) == "STATUS=no GPU (no driver), 0 leases, 0 waiting"
+    told.stop()
+    notifier.close()
+
+
+async def test_where_the_gpus_are_long_in_coming_that_is_told(
+    ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised, "STATUS_PERIOD_S", SOON_S)
+    notifier = Notifier({"NOTIFY_SOCKET": str(ear.path)})
+    told = Supervised(notifier, ObservedEngine(cards=0), asyncio.get_running_loop())
+    told.start()
+    assert await hear(ear) == "READY=1"
+    assert await hear(ear) == "STATUS=looking for GPUs, 0 leases, 0 waiting"
+    told.stop()
+    notifier.close()
+
+
 async def test_a_change_is_told_once_and_what_is_the_same_is_not(
     told: Supervised, ear: Ear, engine: ObservedEngine
 ) -> None:
