@@ -68,7 +68,7 @@ def _take_in(state: State, peer: Peer) -> Holder:
         for use in device.reading.processes if device.reading is not None else ():
             if peer.process == use.process or peer.process in use.ancestors:
                 moved.append((device, use, ledger.owner(state, device, use)))
-    holder = Holder(peer.process, peer.uid, peer.unit, peer.alive)
+    holder = Holder(peer.process, peer.unit, peer.alive)
     state.holders[peer.process] = holder
     for device, use, before in moved:
         if ledger.owner(state, device, use) is holder:

@@ -312,7 +312,7 @@ def set_use(device: Device, process: ProcessKey, used_mb: int | None) -> None:
     """Note what the newest reading attributes to a holder."""
     holding = device.holdings.get(process)
     if holding is None:
-        if not used_mb:
+        if used_mb == 0:
             return
         holding = device.holdings[process] = Holding()
     unmet_mb = holding.unmet_mb
@@ -340,7 +340,8 @@ def forget(device: Device, process: ProcessKey) -> bool:
 
 
 def _tidy(device: Device, process: ProcessKey, holding: Holding) -> None:
-    if not (holding.claim_mb or holding.draining_mb or holding.used_mb):
+    # What is not known is not nothing: it stays.
+    if not (holding.claim_mb or holding.draining_mb) and holding.used_mb == 0:
         del device.holdings[process]
 
 
