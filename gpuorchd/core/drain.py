@@ -217,8 +217,9 @@ def take_readings(state: State, event: ReadingsTaken, now_ns: int, out: list[Eff
 
 def _note_processes(state: State, device: Device, reading: Reading, out: list[Effect]) -> None:
     """Add the processes that a reading shows to the leases that they belong to."""
+    services = ledger.services_in(state, device, reading)
     for use in reading.processes:
-        holder = ledger.ancestor(state, device, use)
+        holder = ledger.ancestor(state, device, use, services)
         if holder is None:
             continue
         seen = state.watched.get(use.process)
@@ -238,8 +239,9 @@ def _note_processes(state: State, device: Device, reading: Reading, out: list[Ef
 
 def _attribute(state: State, device: Device, reading: Reading) -> None:
     used: dict[ProcessKey, int | None] = dict.fromkeys(device.holdings, 0)
+    services = ledger.services_in(state, device, reading)
     for use in reading.processes:
-        holder = ledger.owner(state, device, use)
+        holder = ledger.owner(state, device, use, services)
         if holder is None:
             continue
         so_far = used.get(holder.process, 0)

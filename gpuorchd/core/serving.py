@@ -121,7 +121,7 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     everything = frozenset(device.facts.uuid for device in state.order)
     closed = placement.closed(state, now_ns)
     taken: frozenset[DeviceUuid] = placement.NOBODY
-    # Where nobody who comes from here on gets anything, nor has anything to keep from others.
+    # Where nobody from here on gets anything, nor has anything to keep from others.
     shut = closed
     wanted: list[frozenset[DeviceUuid]] = []
     served: list[Waiter] = []
@@ -166,8 +166,7 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
         dequeue(state, waiter)
     for waiter, denial in hopeless:
         answer(state, waiter, denial, now_ns, out)
-    state.unsettled = again
-    state.upheaval = anew and thorough
+    state.unsettled, state.upheaval = again, anew and thorough
     _plan_positions(state, now_ns)
     _plan_stale(state, now_ns)
 
