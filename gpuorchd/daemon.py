@@ -344,7 +344,6 @@ def _device_source(
 def _probe_options(config: Config) -> ProbeOptions:
     return ProbeOptions(
         telemetry=config.enable_nvml is not False,
-        required=config.enable_nvml is True,
         period_s=config.sample_period_s,
         deadline_s=config.nvml_deadline_s,
     )

@@ -25,6 +25,10 @@ E = TypeVar("E", bound=Effect)
 NS_PER_MS = 1_000_000
 
 
+class TurnFailedError(Exception):
+    """A bug: a turn could not be carried out whole."""
+
+
 class Engine:
     """Run a `Machine` on an event loop. Not thread-safe: call it on the loop only."""
 
@@ -78,6 +82,11 @@ class Engine:
             self._handle(event)
             while self._waiting:
                 self._handle(self._waiting.popleft())
+        except OSError as error:
+            # What the outside can do is the actor's to expect. Raised through a timer, this would
+            # pass for a socket's failure, which ends nothing, with the turn's effects half done.
+            name = type(event).__name__
+            raise TurnFailedError(f"an effect of {name} was not carried out") from error
         finally:
             self._running = False
         for actor in self._turn_end:

@@ -185,6 +185,7 @@ class Observers:
             request_counts=lambda: server.request_counts,
             connections_open=lambda: server.connections,
             unsent_bytes=lambda: server.unsent_bytes,
+            accept_failures=lambda: server.accept_failures,
             subscribers=lambda: server.subscribers,
             events_lost=lambda: server.events_lost,
             limits_reached=lambda: server.limits_reached,

@@ -16,6 +16,7 @@ from gpuorchd.core.ledger import unleased_mb
 from gpuorchd.core.model import (
     NS_PER_S,
     ConnectionId,
+    Denial,
     Device,
     DeviceUuid,
     Holder,
@@ -27,7 +28,7 @@ from gpuorchd.core.model import (
     RequestId,
     Waiter,
 )
-from gpuorchd.core.placement import unreadable
+from gpuorchd.core.placement import place, unreadable
 from gpuorchd.core.state import State
 from libclient.wire.vocabulary import PAGE_MAX
 
@@ -171,6 +172,9 @@ def queue(
         waiting = _behind(state, after)
     page, more = _page(waiting, limit)
     rows = [_waiting(waiter, position, moment, own) for position, waiter in page]
+    if page and page[0][0] == 1:
+        # As `lease.queued` does: an estimate for the first, for whom nobody else is in the way.
+        rows[0]["eta_s"] = _eta_s(state, page[0][1], moment)
     last = page[-1][1] if more else None
     cursor = None if last is None else f"{last.priority.value}.{last.queue_id}"
     return {"next": cursor, "waiting": rows}
@@ -265,7 +269,7 @@ def _allocation(
         "lease_id": lease.lease_id,
         "agent": lease.ask.agent,
         "pid": lease.holder.process.pid,
-        "uid": lease.holder.uid,
+        "uid": lease.uid,
         "gpus": [
             {"index": x.device.index, "uuid": x.device.uuid, "memory_mb": x.memory_mb}
             for x in lease.parts
@@ -300,6 +304,13 @@ def _waiting(
         request_id: RequestId = waiter.request_id
         row["request_id"] = request_id
     return row
+
+
+def _eta_s(state: State, waiter: Waiter, moment: Moment) -> float | None:
+    found = place(state, waiter.ask, waiter.holder.process, moment.now_ns)
+    if isinstance(found, Denial) and found.eta_ns is not None:
+        return found.eta_ns / NS_PER_S
+    return None
 
 
 def _page(items: Iterable[T], limit: int | None) -> tuple[list[T], bool]:

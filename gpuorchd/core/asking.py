@@ -39,7 +39,7 @@ def explain(
     """Decide what `lease` would answer now on a connection, which the core may not know yet."""
     client = state.clients.get(conn) if conn is not None else None
     if client is None:
-        holder = Holder(peer.process, peer.uid, peer.unit, peer.alive)
+        holder = Holder(peer.process, peer.unit, peer.alive)
         client = Client(UNKNOWN, peer, holder)
     refused = refusal(state, client, ask)
     if refused is not None:

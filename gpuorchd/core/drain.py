@@ -68,7 +68,7 @@ def _take_in(state: State, peer: Peer) -> Holder:
         for use in device.reading.processes if device.reading is not None else ():
             if peer.process == use.process or peer.process in use.ancestors:
                 moved.append((device, use, ledger.owner(state, device, use)))
-    holder = Holder(peer.process, peer.uid, peer.unit, peer.alive)
+    holder = Holder(peer.process, peer.unit, peer.alive)
     state.holders[peer.process] = holder
     for device, use, before in moved:
         if ledger.owner(state, device, use) is holder:
@@ -217,8 +217,9 @@ def take_readings(state: State, event: ReadingsTaken, now_ns: int, out: list[Eff
 
 def _note_processes(state: State, device: Device, reading: Reading, out: list[Effect]) -> None:
     """Add the processes that a reading shows to the leases that they belong to."""
+    services = ledger.services_in(state, device, reading)
     for use in reading.processes:
-        holder = ledger.ancestor(state, device, use)
+        holder = ledger.ancestor(state, device, use, services)
         if holder is None:
             continue
         seen = state.watched.get(use.process)
@@ -238,8 +239,9 @@ def _note_processes(state: State, device: Device, reading: Reading, out: list[Ef
 
 def _attribute(state: State, device: Device, reading: Reading) -> None:
     used: dict[ProcessKey, int | None] = dict.fromkeys(device.holdings, 0)
+    services = ledger.services_in(state, device, reading)
     for use in reading.processes:
-        holder = ledger.owner(state, device, use)
+        holder = ledger.owner(state, device, use, services)
         if holder is None:
             continue
         so_far = used.get(holder.process, 0)

@@ -38,6 +38,7 @@ def _check_leases(state: State) -> None:
         if lease.state in HELD:
             client = state.clients.get(lease.conn)
             assert client is not None, f"{lease.lease_id} lives without a connection"
+            assert client.peer.uid == lease.uid, f"{lease.lease_id} counts to another user"
             assert lease in client.requests.values(), "a live lease its connection does not know"
     for process, leases in state.watched.items():
         assert leases, f"{process} is watched for nothing"
@@ -80,7 +81,8 @@ def _check_device(state: State, device: Device) -> None:
         f"{device.uuid}: unmet is {device.unmet_mb}, holdings say {unmet}"
     )
     total = device.claim_mb + device.draining_mb
-    assert total <= device.capacity_mb, f"{device.uuid}: {total} promised of {device.capacity_mb}"
+    allowed_mb = device.capacity_mb + device.over_mb
+    assert total <= allowed_mb, f"{device.uuid}: {total} promised of {allowed_mb}"
     if device.exclusive is not None:
         # What its own holder still drains may stand beside it; nobody else's bytes may.
         drained = {x.lease_id for x in state.leases.values() if x.state is LeaseState.DRAINING}
@@ -94,8 +96,9 @@ def _check_counts(state: State) -> None:
     live = [lease for lease in state.leases.values() if lease.state in LIVE]
     waiting = list(state.queue)
     assert state.live_leases == len(live)
-    assert state.leases_by_uid == Counter(lease.holder.uid for lease in live)
-    assert state.waiting_by_uid == Counter(waiter.holder.uid for waiter in waiting)
+    assert state.leases_by_uid == Counter(lease.uid for lease in live)
+    uids = Counter(state.clients[waiter.conn].peer.uid for waiter in waiting)
+    assert state.waiting_by_uid == uids
     holding = [client for client in state.clients.values() if client.requests]
     assert state.holding_clients == len(holding)
     assert state.holders_by_uid == Counter(client.peer.uid for client in holding)

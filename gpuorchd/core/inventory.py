@@ -18,8 +18,8 @@ def found(state: State, facts: tuple[DeviceFacts, ...], out: list[Effect]) -> No
     state.unavailable = None if facts else "this host has no GPU"
     before = {device.uuid for device in state.order}
     now = {fact.uuid for fact in facts}
-    for device in state.order:
-        if device.uuid not in now:
+    for device in tuple(state.devices.values()):
+        if device.announced and device.uuid not in now:
             _vanish(state, device, out)
     for fact in facts:
         device = state.devices.setdefault(fact.uuid, Device(fact))
@@ -27,8 +27,11 @@ def found(state: State, facts: tuple[DeviceFacts, ...], out: list[Effect]) -> No
             device.facts = fact
             state.changed_devices.add(fact.uuid)
         device.present = True
+        # Less than is promised already: nothing more is, until enough of it is back.
+        device.over_mb = max(0, device.claim_mb + device.draining_mb - device.capacity_mb)
         device.cordon = state.cordons.get(fact.uuid)
-        if fact.uuid not in before:
+        if not device.announced:
+            device.announced = True
             fields = {"gpu": fact.uuid, "index": fact.index, "memory_total_mb": fact.total_mb}
             out.append(Announce("gpu.appeared", fields))
     _put_in_order(state)
@@ -40,14 +43,15 @@ def lost(state: State, reason: str, now_ns: int, out: list[Effect]) -> None:
     """Take note that no GPU can be used any more."""
     state.probing = False
     state.unavailable = reason
-    for device in state.order:
-        _vanish(state, device, out)
+    for device in tuple(state.devices.values()):
+        if device.announced:
+            _vanish(state, device, out)
     _put_in_order(state)
     drain.driver_closed(state, now_ns, out)
 
 
 def _vanish(state: State, device: Device, out: list[Effect]) -> None:
-    device.present = False
+    device.present = device.announced = False
     device.reading = None
     out.append(Announce("gpu.vanished", {"gpu": device.uuid, "index": device.index}))
     if not device.parts:

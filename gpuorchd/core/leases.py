@@ -45,6 +45,7 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
     parts = tuple(map(Part, plan.devices, plan.memory_mb, plan.memory_mb, plan.charge_mb))
     client = state.clients[asked.conn]
     ttl_ns = 0 if client.sealed else settings.ttl_ns
+    uid = client.peer.uid
     lease = Lease(
         lease_id=LeaseId(f"{settings.epoch[:8]}-{number}"),
         number=number,
@@ -53,6 +54,7 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
         request_id=asked.request_id,
         ask=asked.ask,
         holder=asked.holder,
+        uid=uid,
         priority=asked.priority,
         parts=parts,
         granted_ns=now_ns,
@@ -71,7 +73,6 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
     client.requests[request_key(lease)] = lease
     lease.holder.leases[lease.lease_id] = lease
     state.live_leases += 1
-    uid = lease.holder.uid
     state.leases_by_uid[uid] = state.leases_by_uid.get(uid, 0) + 1
     if ttl_ns:
         state.deadlines.set((TTL, lease.lease_id), now_ns + ttl_ns)
@@ -99,7 +100,7 @@ def granted_fields(lease: Lease) -> Mapping[str, object]:
         "gpus": drain.gpus(lease),
         "waited_s": lease.waited_ns / NS_PER_S,
         "pid": lease.holder.process.pid,
-        "uid": lease.holder.uid,
+        "uid": lease.uid,
     }
 
 
@@ -111,6 +112,7 @@ def ask_back(
     A lease that is being revoked already keeps the earlier of the two ends.
     """
     if grace_ns <= 0:
+        signal(state, lease, out)
         revoke_now(state, lease, reason, now_ns, out)
         return
     due_ns = now_ns + grace_ns
@@ -129,6 +131,11 @@ def ask_back(
         "deadline_s": grace_ns / NS_PER_S,
     }
     out.append(Announce("lease.revoking", fields, lease.conn))
+    signal(state, lease, out)
+
+
+def signal(state: State, lease: Lease, out: list[Effect]) -> None:
+    """Signal the peer of a sealed connection, as it asked: one of its leases is to be revoked."""
     client = state.clients.get(lease.conn)
     if client is not None and client.sealed and client.signal is not None:
         out.append(SignalPeer(lease.conn, client.signal))
@@ -171,7 +178,7 @@ def end(state: State, lease: Lease, event: Announce, now_ns: int, out: list[Effe
         settle_holding(state, client)
     state.changed_leases[lease.number] = lease
     state.live_leases -= 1
-    drop_count(state.leases_by_uid, lease.holder.uid)
+    drop_count(state.leases_by_uid, lease.uid)
     state.unsettled = True
     out.append(event)
     drain.begin(state, lease, now_ns, out)

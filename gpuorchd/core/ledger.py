@@ -26,6 +26,7 @@ from gpuorchd.core.model import (
     Part,
     ProcessKey,
     ProcessUse,
+    Reading,
 )
 from gpuorchd.core.state import State
 
@@ -92,8 +93,9 @@ def strays_mb(state: State, device: Device, process: ProcessKey) -> int | None:
     if device.reading is None:
         return 0
     total = 0
+    services = services_in(state, device, device.reading)
     for use in device.reading.processes:
-        holder = owner(state, device, use)
+        holder = owner(state, device, use, services)
         if use.process == process:
             continue
         if holder is not None and (holder.process == process or claims(device, holder.process)):
@@ -158,12 +160,18 @@ def unleased_mb(device: Device) -> int | None:
     return max(0, device.reading.used_mb - leased)
 
 
-def owner(state: State, device: Device, use: ProcessUse) -> Holder | None:
+# The agents that are alone in their system services, as far as they hold leases on one GPU.
+Services = dict[str, Holder]
+
+
+def owner(
+    state: State, device: Device, use: ProcessUse, services: Services | None = None
+) -> Holder | None:
     """Find whose use this is: its own, that of the lease it was seen in, or an ancestor's.
 
     One that was seen in a lease stays with it when it connects itself, until it has a lease of its
     own there. A process of a system service counts to the one agent that holds leases in that
-    service.
+    service; `services` is that for a whole reading, where many are asked about.
     """
     holder = state.holders.get(use.process)
     if holder is not None and claims(device, use.process):
@@ -175,10 +183,12 @@ def owner(state: State, device: Device, use: ProcessUse) -> Holder | None:
             return here.holder
         if holder is None:
             return next(iter(seen.values())).holder
-    return holder or ancestor(state, device, use)
+    return holder or ancestor(state, device, use, services)
 
 
-def ancestor(state: State, device: Device, use: ProcessUse) -> Holder | None:
+def ancestor(
+    state: State, device: Device, use: ProcessUse, services: Services | None = None
+) -> Holder | None:
     """Find the holder that a process descends from, or shares a system service with, alone.
 
     None for a holder's own main process.
@@ -190,27 +200,40 @@ def ancestor(state: State, device: Device, use: ProcessUse) -> Holder | None:
         holder = holders.get(parent)
         if holder is not None:
             return holder
-    if use.unit is not None:
-        return _sole_agent(state, device, use.unit)
-    return None
+    if use.unit is None:
+        return None
+    if services is None:
+        services = sole_agents(state, device)
+    return services.get(use.unit)
 
 
-def _sole_agent(state: State, device: Device, unit: str) -> Holder | None:
-    """The holder of a system service in which one agent alone holds leases, some of them here.
+def services_in(state: State, device: Device, reading: Reading) -> Services:
+    """Find who is alone in a service, where a reading shows any process of one."""
+    if any(use.unit is not None for use in reading.processes):
+        return sole_agents(state, device)
+    return {}
+
+
+def sole_agents(state: State, device: Device) -> Services:
+    """Find the holder of each system service in which one agent alone holds leases, some here.
 
     Of several, the one with the oldest lease here, so that it does not depend on who came first.
     """
-    found: Lease | None = None
-    agents = set()
-    for holder in state.holders.values():
-        if holder.unit != unit:
+    found: dict[str, Lease] = {}
+    agents: dict[str, str | None] = {}
+    for lease in state.leases.values():
+        unit = lease.holder.unit
+        if unit is None:
             continue
-        for lease_id, lease in holder.leases.items():
-            agents.add(lease.ask.agent)
-            here = lease_id in device.parts
-            if here and (found is None or lease.number < found.number):
-                found = lease
-    return found.holder if found is not None and len(agents) == 1 else None
+        agent = lease.ask.agent
+        if agents.setdefault(unit, agent) != agent:
+            # More than one: nobody can tell whose its processes are.
+            agents[unit] = None
+        if lease.lease_id in device.parts and (
+            unit not in found or lease.number < found[unit].number
+        ):
+            found[unit] = lease
+    return {unit: lease.holder for unit, lease in found.items() if agents[unit] is not None}
 
 
 def use_of(state: State, device: Device, process: ProcessKey) -> int:
@@ -218,9 +241,10 @@ def use_of(state: State, device: Device, process: ProcessKey) -> int:
     if device.reading is None:
         return 0
     total = 0
+    services = services_in(state, device, device.reading)
     for use in device.reading.processes:
         if use.process == process or (
-            process in use.ancestors and owner(state, device, use) is None
+            process in use.ancestors and owner(state, device, use, services) is None
         ):
             total += use.used_mb or 0
     return total
@@ -312,7 +336,7 @@ def set_use(device: Device, process: ProcessKey, used_mb: int | None) -> None:
     """Note what the newest reading attributes to a holder."""
     holding = device.holdings.get(process)
     if holding is None:
-        if not used_mb:
+        if used_mb == 0:
             return
         holding = device.holdings[process] = Holding()
     unmet_mb = holding.unmet_mb
@@ -340,7 +364,8 @@ def forget(device: Device, process: ProcessKey) -> bool:
 
 
 def _tidy(device: Device, process: ProcessKey, holding: Holding) -> None:
-    if not (holding.claim_mb or holding.draining_mb or holding.used_mb):
+    # What is not known is not nothing: it stays.
+    if not (holding.claim_mb or holding.draining_mb) and holding.used_mb == 0:
         del device.holdings[process]
 
 

@@ -254,6 +254,11 @@ class Machine:
                 self.state.changed_leases[lease.number] = lease
                 self.state.deadlines.drop((leases.TTL, lease.lease_id))
         out.append(Answer(event.conn, event.request_id, {"sealed": True}))
+        for lease in requests:
+            if isinstance(lease, Lease) and lease.state is LeaseState.REVOKING:
+                # It was told on the connection, which nobody may read any more.
+                leases.signal(self.state, lease, out)
+                break
 
     def _seal_told(self, event: SealTold, now_ns: int, out: list[Effect]) -> None:
         client = self.state.clients.get(event.conn)
@@ -292,7 +297,11 @@ class Machine:
             out.append(AnswerError(event.conn, event.request_id, refusal))
             return
         # The answer goes first: the lease may be the asker's own.
-        fields = {"lease_id": lease.lease_id, "deadline_s": event.grace_ns / NS_PER_S}
+        left_ns = event.grace_ns
+        pending_ns = self.state.deadlines.due_ns((leases.REVOKE, lease.lease_id))
+        if pending_ns is not None:
+            left_ns = min(left_ns, max(0, pending_ns - now_ns))
+        fields = {"lease_id": lease.lease_id, "deadline_s": left_ns / NS_PER_S}
         out.append(Answer(event.conn, event.request_id, fields))
         leases.ask_back(self.state, lease, event.reason, event.grace_ns, now_ns, out)
 

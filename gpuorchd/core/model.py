@@ -225,6 +225,8 @@ class Lease:
     request_id: RequestId
     ask: Ask
     holder: Holder
+    # Of its connection: a process may have connected under several.
+    uid: int
     priority: Priority
     parts: tuple[Part, ...]
     granted_ns: int
@@ -273,7 +275,6 @@ class Holder:
     """One process that holds or awaits memory, over all of its connections."""
 
     process: ProcessKey
-    uid: int
     unit: str | None
     alive: bool
     clients: int = 0
@@ -324,6 +325,10 @@ class Device:
 
     facts: DeviceFacts
     present: bool = True
+    # It was told that this GPU is there, and not that it is gone.
+    announced: bool = False
+    # What was promised beyond its capacity when that turned out smaller than it had been.
+    over_mb: int = 0
     cordon: str | None = None
     reading: Reading | None = None
     reading_ns: int = 0

@@ -332,7 +332,10 @@ def _deny(
     reasons = tuple(Reason(o.device.index, o.note, o.detail) for o in obstacles)
     possible = [o for o in obstacles if not o.never]
     if len(offers) + len(possible) < ask.gpus:
-        note = next((o.note for o in obstacles if o.note is Note.QUOTA), Note.INSUFFICIENT_MEMORY)
+        note = next(
+            (o.note for o in obstacles if o.never and o.note is Note.QUOTA),
+            Note.INSUFFICIENT_MEMORY,
+        )
         if len(offers) + len(obstacles) < ask.gpus:
             note = Note.INSUFFICIENT_MEMORY
             count = len(offers) + len(obstacles)

@@ -27,6 +27,8 @@ NAMES_MAX = 64
 NAME_CHARS = 256
 ANY_AGENT = "*"
 UID_MAX = 2**32 - 2
+# Enough to recognise a field by; the rest of it is the sender's.
+FIELD_CHARS = 80
 
 PRIORITIES = {priority.word: priority for priority in Priority}
 
@@ -35,8 +37,9 @@ class PolicyError(ValueError):
     """A change that cannot be: `field` names where, `message` says value and what is allowed."""
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field = field
+        shown = field if field.isprintable() and len(field) <= FIELD_CHARS else _show(field)
+        super().__init__(f"{shown}: {message}")
+        self.field = field[:FIELD_CHARS]
         self.message = message
 
 
@@ -175,7 +178,7 @@ def user_names(changes: Mapping[str, object]) -> list[str]:
 
 def _show(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= FIELD_CHARS else text[: FIELD_CHARS - 3] + "..."
 
 
 def _flag(name: str, value: object) -> bool:

@@ -112,7 +112,7 @@ def reattach(state: State, event: ReattachAsked, now_ns: int, out: list[Effect])
         refusal = Refusal(Code.UNKNOWN_TOKEN, message, "token")
     elif lease.state is not LeaseState.DETACHED:
         refusal = Refusal(Code.NOT_OWNER, "the lease is held by a connection", "token")
-    elif lease.holder is not client.holder or lease.holder.uid != client.peer.uid:
+    elif lease.holder is not client.holder or lease.uid != client.peer.uid:
         refusal = Refusal(Code.NOT_OWNER, "the lease belongs to another process", "token")
     else:
         if by_digest is not None:
@@ -179,18 +179,16 @@ def begin_holding(state: State, client: Client) -> None:
         state.holders_by_uid[uid] = state.holders_by_uid.get(uid, 0) + 1
 
 
-def _holder(
-    state: State, process: ProcessKey, uid: int, unit: str | None, out: list[Effect]
-) -> Holder:
+def _holder(state: State, process: ProcessKey, unit: str | None, out: list[Effect]) -> Holder:
     holder = state.holders.get(process)
     if holder is None:
-        holder = state.holders[process] = Holder(process, uid, unit, alive=True)
+        holder = state.holders[process] = Holder(process, unit, alive=True)
         out.append(WatchProcess(process))
     return holder
 
 
 def _rebuild_client(state: State, row: ClientRow, out: list[Effect]) -> None:
-    holder = _holder(state, row.process, row.uid, row.unit, out)
+    holder = _holder(state, row.process, row.unit, out)
     holder.clients += 1
     peer = Peer(row.process, row.uid, row.gid, row.unit)
     state.clients[row.conn] = Client(
@@ -212,7 +210,8 @@ def _rebuild_lease(state: State, row: LeaseRow, least_ns: int, out: list[Effect]
         row.conn,
         row.request_id,
         row.ask,
-        _holder(state, row.process, row.uid, row.unit, out),
+        _holder(state, row.process, row.unit, out),
+        row.uid,
         Priority(row.priority),
         parts,
         row.granted_ns,
@@ -253,7 +252,7 @@ def _device(state: State, part: PartRow) -> Device:
 def _set_live(state: State, lease: Lease, revoke_ns: int | None) -> None:
     state.tokens[lease.token] = lease
     state.live_leases += 1
-    uid = lease.holder.uid
+    uid = lease.uid
     state.leases_by_uid[uid] = state.leases_by_uid.get(uid, 0) + 1
     if lease.expires_ns is not None:
         state.deadlines.set((leases.TTL, lease.lease_id), lease.expires_ns)

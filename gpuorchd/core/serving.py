@@ -40,7 +40,7 @@ def enqueue(state: State, waiter: Waiter, denial: Denial, now_ns: int, out: list
     position = state.queue.add(waiter)
     state.queued_total = waiter.number
     state.clients[waiter.conn].requests[leases.request_key(waiter)] = waiter
-    uid = waiter.holder.uid
+    uid = state.clients[waiter.conn].peer.uid
     state.waiting_by_uid[uid] = state.waiting_by_uid.get(uid, 0) + 1
     state.deadlines.set((leases.WAIT, waiter.number), waiter.deadline_ns)
     state.waiters[waiter.number] = waiter
@@ -55,7 +55,7 @@ def dequeue(state: State, waiter: Waiter) -> None:
     del state.waiters[waiter.number]
     state.changed_waiters[waiter.number] = waiter
     state.deadlines.drop((leases.WAIT, waiter.number))
-    leases.drop_count(state.waiting_by_uid, waiter.holder.uid)
+    leases.drop_count(state.waiting_by_uid, state.clients[waiter.conn].peer.uid)
     state.unsettled = True
 
 
@@ -86,12 +86,14 @@ def end_wait(state: State, waiter: Waiter, note: Note, now_ns: int, out: list[Ef
     """Answer a wait that was cancelled or ran out, with what it was waiting for."""
     reasons: tuple[Reason, ...] = ()
     if not state.safe_mode:
+        # What it keeps from others itself is not kept from it.
+        taken = state.taken_before.get(waiter.number, state.wanted[waiter.priority])
         found = placement.place(
             state,
             waiter.ask,
             waiter.holder.process,
             now_ns,
-            state.wanted[waiter.priority],
+            taken,
             estimate=False,
         )
         if isinstance(found, Denial):
@@ -104,6 +106,7 @@ def nobody_waits(state: State) -> None:
     state.unsettled = state.upheaval = False
     if state.wanted is not UNWANTED:
         state.wanted = UNWANTED
+        state.taken_before.clear()
         state.deadlines.drop(STALE)
 
 
@@ -118,7 +121,7 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     everything = frozenset(device.facts.uuid for device in state.order)
     closed = placement.closed(state, now_ns)
     taken: frozenset[DeviceUuid] = placement.NOBODY
-    # Where nobody who comes from here on gets anything, nor has anything to keep from others.
+    # Where nobody from here on gets anything, nor has anything to keep from others.
     shut = closed
     wanted: list[frozenset[DeviceUuid]] = []
     served: list[Waiter] = []
@@ -126,6 +129,7 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
     # Within a pass room only shrinks: what failed once fails again, and so does more of it.
     failed: dict[object, int] = {}
     anew = False
+    state.taken_before.clear()
     for priority in Priority:
         for waiter in state.queue.lane(priority):
             if anew:
@@ -151,8 +155,10 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
                 hopeless.append((waiter, found))
             else:
                 failed[shape] = memory_mb
-                taken |= found.wanted
-                shut = taken | closed
+                if not found.wanted <= taken:
+                    state.taken_before[waiter.number] = taken
+                    taken |= found.wanted
+                    shut = taken | closed
         wanted.append(taken)
     state.wanted = tuple(wanted)
     again = state.unsettled
@@ -160,8 +166,7 @@ def serve(state: State, now_ns: int, out: list[Effect]) -> None:
         dequeue(state, waiter)
     for waiter, denial in hopeless:
         answer(state, waiter, denial, now_ns, out)
-    state.unsettled = again
-    state.upheaval = anew and thorough
+    state.unsettled, state.upheaval = again, anew and thorough
     _plan_positions(state, now_ns)
     _plan_stale(state, now_ns)
 

@@ -108,6 +108,10 @@ def _go_on(state: State, desk: Desk, out: list[Effect]) -> None:
 
 
 def _plan_policy(state: State, change: PolicyChangeAsked, out: list[Effect]) -> Pending | None:
+    if state.safe_mode and change.changes.get(SAFE_MODE) is not False:
+        # Whatever it asks for: nothing changes while SAFE_MODE is on.
+        out.append(AnswerPolicy(change.conn, change.request_id, Note.SAFE_MODE.value))
+        return None
     if change.if_revision not in (None, state.revision):
         message = f"if_revision is {change.if_revision}, the policy is at {state.revision}"
         refusal = Refusal(Code.CONFLICT, message, "if_revision")
@@ -120,9 +124,6 @@ def _plan_policy(state: State, change: PolicyChangeAsked, out: list[Effect]) -> 
     except PolicyError as error:
         refusal = Refusal(Code.BAD_REQUEST, str(error), error.field)
         out.append(AnswerError(change.conn, change.request_id, refusal))
-        return None
-    if wanted and state.safe_mode:
-        out.append(AnswerPolicy(change.conn, change.request_id, Note.SAFE_MODE.value))
         return None
     if policy == state.policy and wanted == state.safe_mode:
         out.append(AnswerPolicy(change.conn, change.request_id))
@@ -177,16 +178,18 @@ def _enter_safe_mode(state: State, now_ns: int, out: list[Effect]) -> None:
 
 def _plan_cordon(state: State, change: CordonAsked, out: list[Effect]) -> Pending | None:
     device = placement.find(state, change.gpu)
-    if device is None:
+    uuid = change.gpu if device is None else device.uuid
+    gone = device is None and change.reason is None and uuid in state.cordons
+    if device is None and not gone:
         refusal = Refusal(Code.NOT_FOUND, f"no GPU {change.gpu!r} here; see gpu_info", "gpu")
         out.append(AnswerError(change.conn, change.request_id, refusal))
         return None
     cordons = dict(state.cordons)
     if change.reason is None:
-        cordons.pop(device.uuid, None)
+        cordons.pop(str(uuid), None)
     else:
-        cordons[device.uuid] = change.reason
-    if cordons == state.cordons:
+        cordons[str(uuid)] = change.reason
+    if device is not None and cordons == state.cordons:
         _answer_cordon(change, device, out)
         return None
     return Pending(change, state.policy, state.revision, state.safe_mode, cordons)

@@ -107,7 +107,7 @@ def lease_row(state: State, lease: Lease) -> LeaseRow:
         lease.request_id,
         lease.ask,
         holder.process,
-        holder.uid,
+        lease.uid,
         holder.unit,
         int(lease.priority),
         tuple([_part_row(part) for part in parts]),

@@ -86,6 +86,8 @@ class State:
     told_ns: int = 0
     # By priority: the GPUs that those waiting at it or above it have first claim to.
     wanted: tuple[frozenset[DeviceUuid], ...] = (frozenset(), frozenset(), frozenset())
+    # Of those who wait and keep GPUs from others: what those ahead of each have first claim to.
+    taken_before: dict[int, frozenset[DeviceUuid]] = field(default_factory=dict)
     # Something changed by which a waiting request may be served, or its place may differ.
     unsettled: bool = False
     # What changed may also have made a waiting request hopeless: all have to be looked at.

@@ -54,15 +54,12 @@ class Findings:
             message=message,
         )
 
-    def checks(self, required: bool) -> DeviceChecks:
-        """Say what readiness needs; `required` makes the absence of NVML a failed check."""
+    def checks(self) -> DeviceChecks:
+        """Say what readiness needs."""
         if not self.opened:
             return DeviceChecks(False, True, "closed: no GPU is touched")
         if self.probing:
             return DeviceChecks(True, True, PROBING)
-        missing = None
-        if required and not self.supported:
-            missing = f"ENABLE_NVML requires NVML, which does not work: {self.lost}"
         if self.fault is not None:
-            return DeviceChecks(False, False, self.fault, missing)
-        return DeviceChecks(False, True, self.lost or f"{len(self.gpus)} GPUs answer", missing)
+            return DeviceChecks(False, False, self.fault)
+        return DeviceChecks(False, True, self.lost or f"{len(self.gpus)} GPUs answer")

@@ -53,12 +53,10 @@ NO_GPU_SHOWN = "the NVIDIA driver shows no GPU"
 class ProbeOptions(NamedTuple):
     """How the probe is asked. `environment` None is the daemon's own.
 
-    `telemetry` False reads only what admission needs. `required` makes the driver's absence a
-    failed check.
+    `telemetry` False reads only what admission needs.
     """
 
     telemetry: bool = True
-    required: bool = False
     period_s: float = 1.0
     hurried_period_s: float = 0.25
     deadline_s: float = 2.0
@@ -145,7 +143,7 @@ class NvmlDevices:
 
     def checks(self) -> DeviceChecks:
         """Say what readiness needs to know."""
-        return self._found.checks(self._options.required)
+        return self._found.checks()
 
     def call_stats(self) -> Mapping[str, CallHistogram]:
         """Give durations and failures of the driver's calls by function."""

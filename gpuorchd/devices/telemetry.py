@@ -56,13 +56,12 @@ class DeviceChecks(NamedTuple):
     """What readiness asks of the devices; `detail` is for people.
 
     `answering` is False for a driver that has stopped answering, and True where there is none to
-    ask. `missing` says what was demanded by configuration and is not there.
+    ask.
     """
 
     first_probe_running: bool
     answering: bool
     detail: str
-    missing: str | None = None
 
 
 class CallHistogram:

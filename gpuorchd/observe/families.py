@@ -228,6 +228,7 @@ class Families:
         for spec, read in (
             (table.CONNECTIONS, sources.connections_open),
             (table.UNSENT, sources.unsent_bytes),
+            (table.ACCEPT_FAILURES, sources.accept_failures),
             (table.SUBSCRIBERS, sources.subscribers),
             (table.EVENTS_LOST, sources.events_lost),
             (table.LOG_SUPPRESSED, sources.log_suppressed),

@@ -122,6 +122,11 @@ NVML_FAILURES = _spec("nvml_call_failures_total", "counter", "Driver calls that 
 
 CONNECTIONS = _spec("connections_open", "gauge", "Open connections on the Unix socket")
 UNSENT = _spec("unsent_bytes", "gauge", "Replies and events that clients have not taken yet")
+ACCEPT_FAILURES = _spec(
+    "accept_failures_total",
+    "counter",
+    "Times that no connection could be accepted for want of descriptors or memory",
+)
 SUBSCRIBERS = _spec("subscribers", "gauge", "Subscriptions to events")
 EVENTS_LOST = _spec(
     "events_lost_total", "counter", "Events dropped for subscribers that read too slowly"

@@ -93,6 +93,7 @@ class Sources:
     request_counts: Callable[[], Mapping[tuple[str, str], int]] | None = None
     connections_open: Callable[[], int] | None = None
     unsent_bytes: Callable[[], int] | None = None
+    accept_failures: Callable[[], int] | None = None
     subscribers: Callable[[], int] | None = None
     events_lost: Callable[[], int] | None = None
     # How often each bound was met, by its name.

@@ -14,13 +14,14 @@ from typing import Final
 from gpuorchd.server.faults import Fault
 from libclient.wire.vocabulary import LIMIT
 
-# What the messages call each bound: its setting without `max_`.
+# What the messages call each bound: its setting without `max_`, where it has one.
 BOUNDS: Final[Mapping[str, str]] = {
     "connections": "connections",
     "connections of one user": "connections_per_uid",
     "connections that hold or await a lease": "holders",
     "connections of one user that hold or await a lease": "holders_per_uid",
     "processes are watched for their end": "processes",
+    "processes of one user are watched for their end": "processes_per_uid",
     "leases and requests that wait for one": "leases",
     "leases and waits of one user": "leases_per_uid",
     "leases and waits of one connection": "leases_per_connection",
@@ -28,6 +29,7 @@ BOUNDS: Final[Mapping[str, str]] = {
     "waiting requests of one user": "waiting_per_uid",
     "waiting requests of one connection": "waiting_per_connection",
     "subscriptions of one connection": "subscriptions_per_connection",
+    "changes wait to be kept on disk": "changes",
     "bytes of replies are unsent over all connections": "unsent_bytes",
 }
 # Connections closed without a word, since too many are being told already; and what the system, and

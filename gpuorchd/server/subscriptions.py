@@ -60,7 +60,7 @@ class _Published:
 class Subscription:
     """One subscription of one connection."""
 
-    __slots__ = ("gone", "listener", "number", "seen", "seq", "totals", "wanted")
+    __slots__ = ("listener", "number", "seen", "seq", "totals", "wanted")
 
     def __init__(self, listener: Listener, number: int, wanted: frozenset[int]) -> None:
         self.listener = listener

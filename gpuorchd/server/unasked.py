@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from gpuorchd.core.model import RequestId, Waiter
+from gpuorchd.core.model import Waiter
 from gpuorchd.server.replies import EventBody
 from libclient.wire.vocabulary import EVENTS_LOST
 
@@ -33,16 +33,15 @@ class Unasked:
         self._seq = 0
         self._lost = 0
         # The latest place of each waiting request, while there is no telling it.
-        self._places: dict[RequestId, Mapping[str, object]] = {}
+        self._places: dict[str, Mapping[str, object]] = {}
 
     def tell(self, name: str, fields: Mapping[str, object]) -> None:
         """Tell the owner, now or in short when it reads again."""
         speaker = self._speaker
         if speaker.unsent_bytes and speaker.unsent_bytes > speaker.bound_bytes:
             if name == QUEUED:
-                request_id = fields.get("request_id")
-                assert request_id is None or isinstance(request_id, int | str)
-                self._places[request_id] = fields
+                # By the name that every wait has: a line of text may have no id.
+                self._places[str(fields["queue_id"])] = fields
                 return
             bound = speaker.board.options.unsent_bytes_per_connection
             if speaker.unsent_bytes > CROWDED_TIMES * bound:
@@ -58,8 +57,10 @@ class Unasked:
         if self._places:
             places, self._places = self._places, {}
             client = self._speaker.board.state.clients.get(self._speaker.number)
-            for request_id, fields in places.items():
-                if client is not None and isinstance(client.requests.get(request_id), Waiter):
+            requests = client.requests.values() if client is not None else ()
+            waiting = {each.queue_id for each in requests if isinstance(each, Waiter)}
+            for queue_id, fields in places.items():
+                if queue_id in waiting:
                     self._put(QUEUED, fields)
 
     def _put(self, name: str, fields: Mapping[str, object]) -> None:

@@ -185,7 +185,7 @@ async def test_wishes_that_come_together_make_few_readings(tmp_path: Path, opene
 
 async def test_a_driver_that_is_not_there_is_looked_for_again(tmp_path: Path, opened: Open) -> None:
     cards = FakeCards(tmp_path, errors={"nvmlInit": 12})
-    source, engine = opened(cards, retry_s=0.05, required=True)
+    source, engine = opened(cards, retry_s=0.05)
     lost = await engine.first(DevicesLost)
     assert lost.reason == "NVML Shared Library Not Found"
     status = source.status()
@@ -193,12 +193,10 @@ async def test_a_driver_that_is_not_there_is_looked_for_again(tmp_path: Path, op
     assert status.message == lost.reason
     checks = source.checks()
     assert (checks.first_probe_running, checks.answering) == (False, True)
-    assert checks.missing is not None
     cards.show(card())
     await engine.first(ReadingsTaken, good)
     assert len(engine.of(DevicesLost)) == 1, "the same absence is told once"
     assert source.status().nvml_init_error is None
-    assert source.checks().missing is None
 
 
 async def test_a_driver_without_a_gpu_is_no_error(tmp_path: Path, opened: Open) -> None:

@@ -253,7 +253,7 @@ class Books:
         """Whether a reading since a lease's end tells what its holder uses."""
         seat = self.seats[uuid]
         assert lease.ended_ns is not None, "a live lease has not ended"
-        if seat.reading is None or seat.failed or seat.started_ns < lease.ended_ns:
+        if self.unreadable(uuid) or seat.started_ns < lease.ended_ns:
             return False
         return self.told(uuid).used.get(lease.holder, 0) is not None
 
@@ -262,6 +262,10 @@ class Books:
         lease.withheld = True
         assert lease.ended_ns is not None, "a live lease was withheld"
         for uuid, share in lease.shares.items():
+            simulated = self.seats[uuid].facts.drain_ns is not None
+            if not simulated and lease.processes and not self._shown(uuid, lease):
+                # It may use these bytes for all that can be known.
+                continue
             if share.least_mb == 0:
                 share.most_mb = 0
                 if not self._shown(uuid, lease) and not self.seats[uuid].doubtful:

@@ -61,6 +61,7 @@ def full_sources() -> Sources:
         request_counts=lambda: {("lease", "ok"): 3, ("release", "ok"): 2, ("nonsense", "x"): 1},
         connections_open=lambda: 4,
         unsent_bytes=lambda: 5,
+        accept_failures=lambda: 1,
         subscribers=lambda: 6,
         events_lost=lambda: 7,
         limits_reached=lambda: {"leases_per_uid": 8},
