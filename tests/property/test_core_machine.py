@@ -226,7 +226,8 @@ class CoreMachine(RuleBasedStateMachine):
                 self.cast.change_policy(changes)
             case "reload":
                 limits = self.stage.machine.state.settings.limits
-                ttl_ns, age_ns = (0, 5 * SECOND)[where % 2], (2 + where % 3) * SECOND
+                # No less than the slowest readings need.
+                ttl_ns, age_ns = (0, 5 * SECOND)[where % 2], (4 + where % 3) * SECOND
                 self.stage.submit(ev.ConfigurationRead(limits, ttl_ns, age_ns))
             case _:
                 self.cast.change_policy({"safe_mode": what == "SAFE_MODE"})
