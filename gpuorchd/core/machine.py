@@ -384,10 +384,7 @@ class Machine:
         state = self.state
         state.stopping = True
         for waiter in tuple(state.queue):
-            serving.dequeue(state, waiter)
-            client = state.clients[waiter.conn]
-            del client.requests[leases.request_key(waiter)]
-            leases.settle_holding(state, client)
+            serving.drop(state, waiter)
             out.append(AnswerError(waiter.conn, waiter.request_id, STOPPING))
         out.append(Announce("daemon.stopping", {}))
         for client in state.clients.values():

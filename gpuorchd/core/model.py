@@ -210,7 +210,8 @@ class Part:
     device: Device
     memory_mb: int
     claim_mb: int
-    # What counts against the agent's cap: the bytes asked for, or the card for `exclusive`.
+    # What counts against the agent's cap: the bytes asked for, or the card for `exclusive` where
+    # shares could be had.
     charge_mb: int
 
 
