@@ -122,8 +122,12 @@ class Machine:
             StopAsked: self._stop,
         }
 
-    def handle(self, event: Event, now_ns: int) -> list[Effect]:
-        """Take in one event; return what is to be done, in order."""
+    def handle(self, event: Event, now_ns: int, unix_ns: int = 0) -> list[Effect]:
+        """Take in one event; return what is to be done, in order.
+
+        `unix_ns` is the same moment in unix time, which no decision depends on.
+        """
+        self.state.unix_offset_ns = unix_ns - now_ns
         out: list[Effect] = []
         self._handlers[type(event)](event, now_ns, out)
         state = self.state

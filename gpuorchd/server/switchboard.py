@@ -213,8 +213,7 @@ class Switchboard:
         lease = effect.lease
         connection = self.connections.get(lease.conn)
         if connection is not None:
-            wall_offset_ns = time_ns() - self.engine.now_ns()
-            connection.send(connection.encode(replies.grant(lease, wall_offset_ns)))
+            connection.send(connection.encode(replies.grant(lease)))
         counts = self.request_counts
         counts[GRANTED] = counts.get(GRANTED, 0) + 1
 
