@@ -108,7 +108,7 @@ async def _live(read: ReadConfig, supervisor: Supervisor, log: Log, began_ns: in
         lifecycle.fail("start or stop", error)
         code = EXIT_BUG
     finally:
-        lifecycle.uninstall()
+        lifecycle.go_deaf()
     if code != EXIT_BUG:
         log.event("daemon.stopped")
     return code

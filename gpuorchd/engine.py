@@ -37,10 +37,12 @@ class Engine:
         machine: Machine,
         loop: asyncio.AbstractEventLoop,
         clock: Callable[[], int] = time.monotonic_ns,
+        wall_clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._machine = machine
         self._loop = loop
         self._clock = clock
+        self._wall_clock = wall_clock
         self._waiting: deque[Event] = deque()
         self._running = False
         self._actors: dict[type, tuple[Callable[[Any], None], ...]] = {}
@@ -102,7 +104,7 @@ class Engine:
 
     def _handle(self, event: Event) -> None:
         actors = self._actors
-        for effect in self._machine.handle(event, self._clock()):
+        for effect in self._machine.handle(event, self._clock(), self._wall_clock()):
             for actor in actors[type(effect)]:
                 actor(effect)
 

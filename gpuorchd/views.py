@@ -12,29 +12,33 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple, Protocol, TypeVar
 
+import msgspec
+from msgspec import UNSET, UnsetType
+
 from gpuorchd.core.ledger import unleased_mb
 from gpuorchd.core.model import (
     NS_PER_S,
+    PRIORITY_WORDS,
     ConnectionId,
     Denial,
     Device,
     DeviceUuid,
-    Holder,
     Lease,
     LeaseId,
     LeaseState,
-    Part,
     Reason,
     RequestId,
     Waiter,
 )
 from gpuorchd.core.placement import place, unreadable
 from gpuorchd.core.state import State
+from gpuorchd.core.usage import UsedByLease
 from libclient.wire.vocabulary import PAGE_MAX
 
 T = TypeVar("T")
 
 LIVE = (LeaseState.ACTIVE, LeaseState.REVOKING)
+STATE_WORDS = {state: state.value for state in LeaseState}
 
 
 class Moment(NamedTuple):
@@ -50,6 +54,34 @@ class Moment(NamedTuple):
     def age_s(self, at_ns: int) -> float:
         """Say how long ago a point of the monotonic clock was."""
         return max(0, self.now_ns - at_ns) / NS_PER_S
+
+
+class GpuShare(msgspec.Struct, gc=False):
+    """What a lease may use on one GPU."""
+
+    index: int
+    uuid: str
+    memory_mb: int
+
+
+class Allocation(msgspec.Struct, gc=False):
+    """One lease among `allocations`: a struct, for a page has a thousand of them.
+
+    `token` is not shown where it is unset.
+    """
+
+    lease_id: str
+    agent: str
+    pid: int
+    uid: int
+    gpus: list[GpuShare]
+    state: str
+    timestamp: float
+    used_mb: int | None
+    priority: str
+    preemptible: bool
+    purpose: str | None
+    token: str | UnsetType = UNSET
 
 
 class Telemetry(Protocol):
@@ -150,8 +182,8 @@ def allocations(
         known = state.leases.get(LeaseId(after))
         number = _number_in(after) if known is None else known.number
     page, more = _page((x for x in state.leases.values() if x.number > number), limit)
-    used = _UsedByLease(state, moment)
-    rows = [_allocation(lease, used.of(lease), moment, own) for lease in page]
+    used = UsedByLease(state, moment.now_ns)
+    rows = [_allocation(lease, used.of(lease), own) for lease in page]
     return {"next": page[-1].lease_id if more else None, "allocations": rows}
 
 
@@ -262,28 +294,23 @@ def _why_none(state: State, status: DeviceStatus) -> str:
     return state.unavailable or status.message or "no GPU was found"
 
 
-def _allocation(
-    lease: Lease, used_mb: int | None, moment: Moment, own: ConnectionId | None
-) -> dict[str, object]:
-    row: dict[str, object] = {
-        "lease_id": lease.lease_id,
-        "agent": lease.ask.agent,
-        "pid": lease.holder.process.pid,
-        "uid": lease.uid,
-        "gpus": [
-            {"index": x.device.index, "uuid": x.device.uuid, "memory_mb": x.memory_mb}
-            for x in lease.parts
-        ],
-        "state": lease.state.value,
-        "timestamp": moment.unix_s(lease.granted_ns),
-        "used_mb": used_mb,
-        "priority": lease.priority.word,
-        "preemptible": lease.ask.preemptible,
-        "purpose": lease.ask.purpose,
-    }
-    if own is not None and lease.conn == own and lease.state in LIVE:
-        row["token"] = lease.token
-    return row
+def _allocation(lease: Lease, used_mb: int | None, own: ConnectionId | None) -> Allocation:
+    ask = lease.ask
+    state = lease.state
+    return Allocation(
+        lease.lease_id,
+        ask.agent,
+        lease.holder.process.pid,
+        lease.uid,
+        [GpuShare(x.device.facts.index, x.device.facts.uuid, x.memory_mb) for x in lease.parts],
+        STATE_WORDS[state],
+        lease.granted_unix_ns / NS_PER_S,
+        used_mb,
+        PRIORITY_WORDS[lease.priority],
+        ask.preemptible,
+        ask.purpose,
+        lease.token if lease.conn == own and state in LIVE else UNSET,
+    )
 
 
 def _waiting(
@@ -341,56 +368,3 @@ def _behind(state: State, after: str) -> Iterator[tuple[int, Waiter]]:
                 yield position, waiter
         elif (waiter.priority, waiter.number) > (priority, number):
             yield position, waiter
-
-
-class _UsedByLease:
-    """What each lease uses, by the newest readings.
-
-    A reading tells what a process uses on a GPU, not for which of its leases: with several, the
-    older ones are filled first and the newest has what is left.
-    """
-
-    def __init__(self, state: State, moment: Moment) -> None:
-        self._state = state
-        self._now_ns = moment.now_ns
-        self._known: dict[tuple[DeviceUuid, int], dict[LeaseId, int] | None] = {}
-
-    def of(self, lease: Lease) -> int | None:
-        """Sum the use of one lease over its GPUs, None where a part of it is unknown."""
-        total = 0
-        for part in lease.parts:
-            used_mb = self._part(lease, part)
-            if used_mb is None:
-                return None
-            total += used_mb
-        return total
-
-    def _part(self, lease: Lease, part: Part) -> int | None:
-        device = part.device
-        if device.facts.drain_ns is not None:
-            return part.claim_mb
-        if not _fresh(self._state, device, self._now_ns):
-            return None
-        key = (device.uuid, id(lease.holder))
-        if key not in self._known:
-            self._known[key] = _shared_out(device, lease.holder)
-        shares = self._known[key]
-        return None if shares is None else shares.get(lease.lease_id, 0)
-
-
-def _shared_out(device: Device, holder: Holder) -> dict[LeaseId, int] | None:
-    holding = device.holdings.get(holder.process)
-    left_mb = 0 if holding is None else holding.used_mb
-    if left_mb is None:
-        return None
-    shares: dict[LeaseId, int] = {}
-    newest: LeaseId | None = None
-    for lease in sorted(holder.leases.values(), key=lambda x: x.number):
-        for part in lease.parts:
-            if part.device is device and part.claim_mb:
-                shares[lease.lease_id] = min(left_mb, part.claim_mb)
-                left_mb -= shares[lease.lease_id]
-                newest = lease.lease_id
-    if newest is not None:
-        shares[newest] += left_mb
-    return shares

@@ -58,6 +58,7 @@ def grant(state: State, asked: Waiter, plan: Plan, now_ns: int, out: list[Effect
         priority=asked.priority,
         parts=parts,
         granted_ns=now_ns,
+        granted_unix_ns=now_ns + state.unix_offset_ns,
         waited_ns=now_ns - asked.queued_ns,
         expires_ns=now_ns + ttl_ns if ttl_ns else None,
     )

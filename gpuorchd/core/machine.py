@@ -122,8 +122,12 @@ class Machine:
             StopAsked: self._stop,
         }
 
-    def handle(self, event: Event, now_ns: int) -> list[Effect]:
-        """Take in one event; return what is to be done, in order."""
+    def handle(self, event: Event, now_ns: int, unix_ns: int = 0) -> list[Effect]:
+        """Take in one event; return what is to be done, in order.
+
+        `unix_ns` is the same moment in unix time, which no decision depends on.
+        """
+        self.state.unix_offset_ns = unix_ns - now_ns
         out: list[Effect] = []
         self._handlers[type(event)](event, now_ns, out)
         state = self.state
@@ -384,10 +388,7 @@ class Machine:
         state = self.state
         state.stopping = True
         for waiter in tuple(state.queue):
-            serving.dequeue(state, waiter)
-            client = state.clients[waiter.conn]
-            del client.requests[leases.request_key(waiter)]
-            leases.settle_holding(state, client)
+            serving.drop(state, waiter)
             out.append(AnswerError(waiter.conn, waiter.request_id, STOPPING))
         out.append(Announce("daemon.stopping", {}))
         for client in state.clients.values():

@@ -6,7 +6,8 @@ the cheapest frozen value there is. Records that change (`Lease`, `Device`, `Hol
 `Waiter`) are slotted classes and are changed by the core alone: shells may read them during the
 turn that handed them out and keep none of them.
 
-Units: memory in MiB (`_mb`), time in nanoseconds of the monotonic clock (`_ns`).
+Units: memory in MiB (`_mb`), time in nanoseconds of the monotonic clock (`_ns`), or since 1970
+where that is what people are told (`_unix_ns`).
 """
 
 from __future__ import annotations
@@ -210,7 +211,8 @@ class Part:
     device: Device
     memory_mb: int
     claim_mb: int
-    # What counts against the agent's cap: the bytes asked for, or the card for `exclusive`.
+    # What counts against the agent's cap: the bytes asked for, or the card for `exclusive` where
+    # shares could be had.
     charge_mb: int
 
 
@@ -230,6 +232,8 @@ class Lease:
     priority: Priority
     parts: tuple[Part, ...]
     granted_ns: int
+    # The same moment as people read it, whatever their clock is set to afterwards.
+    granted_unix_ns: int
     waited_ns: int
     expires_ns: int | None = None
     state: LeaseState = LeaseState.ACTIVE

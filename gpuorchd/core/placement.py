@@ -56,8 +56,9 @@ class Want(NamedTuple):
     process: ProcessKey
     memory_mb: int
     whole: bool
-    # Asked for whole GPUs itself, so that the card counts against its cap.
-    exclusive: bool
+    # The card counts against its cap, not what was asked for: it chose to have all of it, where it
+    # could have had less.
+    charged_whole: bool
     cap_mb: int
     now_ns: int
     # Whether a denial says when room is to be expected, which costs more than to find it out.
@@ -89,19 +90,27 @@ class Obstacle(NamedTuple):
 
 def refuse(state: State, peer: Peer, ask: Ask) -> Refusal | None:
     """Find what makes a request an error: a name that is not the peer's, a GPU not there."""
-    if not state.policy.rule(ask.agent).admits(peer):
-        unit = peer.unit or "none"
-        return Refusal(
-            Code.FORBIDDEN,
-            f"agent {ask.agent!r} is bound to other users or units by policy"
-            f" (this peer: uid {peer.uid}, system unit {unit})",
-            "agent",
-        )
+    refusal = bound_to_others(state, peer, ask)
+    if refusal is not None:
+        return refusal
     if ask.devices and state.order and not state.safe_mode:
         for name in ask.devices:
             if find(state, name) is None:
                 return Refusal(Code.NOT_FOUND, f"no GPU {name!r} here; see gpu_info", "devices")
     return None
+
+
+def bound_to_others(state: State, peer: Peer, ask: Ask) -> Refusal | None:
+    """Refuse a name that policy keeps for others."""
+    if state.policy.rule(ask.agent).admits(peer):
+        return None
+    unit = peer.unit or "none"
+    return Refusal(
+        Code.FORBIDDEN,
+        f"agent {ask.agent!r} is bound to other users or units by policy"
+        f" (this peer: uid {peer.uid}, system unit {unit})",
+        "agent",
+    )
 
 
 def find(state: State, name: str | int) -> Device | None:
@@ -136,7 +145,7 @@ def place(
         process,
         memory_mb,
         ask.exclusive or not policy.allow_fractional_shares,
-        ask.exclusive,
+        ask.exclusive and policy.allow_fractional_shares,
         policy.cap_mb(rule),
         now_ns,
         estimate,
@@ -238,7 +247,7 @@ def _examine(
     if capacity_mb < want.memory_mb:
         detail = f"{want.memory_mb} MiB asked, the whole GPU has {capacity_mb} MiB"
         return Obstacle(device, Note.INSUFFICIENT_MEMORY, detail, never=True)
-    charge_mb = capacity_mb if want.exclusive else want.memory_mb
+    charge_mb = capacity_mb if want.charged_whole else want.memory_mb
     if want.cap_mb:
         obstacle = _over_cap(device, want, charge_mb)
         if obstacle is not None:

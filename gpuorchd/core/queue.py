@@ -1,7 +1,8 @@
 """The waiting queue: who waits, in what order, behind whom.
 
 Order is by priority, then by arrival. Waiters are found, added and taken out in constant time;
-the order is that of insertion within each priority. Who is served when is `serving`'s business.
+the order is that of insertion within each priority, and only who changes its priority is put
+between others. Who is served when is `serving`'s business.
 """
 
 from __future__ import annotations
@@ -28,6 +29,20 @@ class WaitingQueue:
     def remove(self, waiter: Waiter) -> None:
         """Take a waiter out, wherever it stands."""
         del self._lanes[waiter.priority][waiter.number]
+
+    def rank_anew(self, changed: Iterable[tuple[Waiter, Priority]]) -> None:
+        """Give waiters other priorities, and in each the place of their arrival."""
+        grown = set()
+        for waiter, priority in changed:
+            self.remove(waiter)
+            waiter.priority = priority
+            self._lanes[priority][waiter.number] = waiter
+            grown.add(priority)
+        for priority in grown:
+            lane = self._lanes[priority]
+            by_arrival = sorted(lane.items())
+            lane.clear()
+            lane.update(by_arrival)
 
     def depth(self, priority: Priority) -> int:
         """How many wait with this priority."""

@@ -215,6 +215,7 @@ def _rebuild_lease(state: State, row: LeaseRow, least_ns: int, out: list[Effect]
         Priority(row.priority),
         parts,
         row.granted_ns,
+        row.granted_unix_ns,
         row.waited_ns,
         None if row.expires_ns is None else max(row.expires_ns, least_ns),
         LeaseState(row.state),

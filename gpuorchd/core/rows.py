@@ -79,6 +79,7 @@ class LeaseRow(NamedTuple):
     # It has taken these GPUs whole.
     whole: bool
     granted_ns: int
+    granted_unix_ns: int
     waited_ns: int
     expires_ns: int | None
     state: str

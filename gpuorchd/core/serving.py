@@ -10,7 +10,7 @@ keeps nothing from anybody. A new request is decided by the same rule at its own
 from __future__ import annotations
 
 from gpuorchd.core import leases, ledger, placement
-from gpuorchd.core.effects import Announce, AnswerDenial, Effect
+from gpuorchd.core.effects import Announce, AnswerDenial, AnswerError, Effect
 from gpuorchd.core.model import (
     NS_PER_S,
     Denial,
@@ -59,12 +59,17 @@ def dequeue(state: State, waiter: Waiter) -> None:
     state.unsettled = True
 
 
-def answer(state: State, waiter: Waiter, denial: Denial, now_ns: int, out: list[Effect]) -> None:
-    """End a wait without a grant."""
+def drop(state: State, waiter: Waiter) -> None:
+    """End a wait for good; its answer is the caller's to give."""
     dequeue(state, waiter)
     client = state.clients[waiter.conn]
     del client.requests[leases.request_key(waiter)]
     leases.settle_holding(state, client)
+
+
+def answer(state: State, waiter: Waiter, denial: Denial, now_ns: int, out: list[Effect]) -> None:
+    """End a wait without a grant."""
+    drop(state, waiter)
     deny(waiter, denial, now_ns, out)
 
 
@@ -84,21 +89,32 @@ def deny(waiter: Waiter, denial: Denial, now_ns: int, out: list[Effect]) -> None
 
 def end_wait(state: State, waiter: Waiter, note: Note, now_ns: int, out: list[Effect]) -> None:
     """Answer a wait that was cancelled or ran out, with what it was waiting for."""
-    reasons: tuple[Reason, ...] = ()
-    if not state.safe_mode:
-        # What it keeps from others itself is not kept from it.
-        taken = state.taken_before.get(waiter.number, state.wanted[waiter.priority])
-        found = placement.place(
-            state,
-            waiter.ask,
-            waiter.holder.process,
-            now_ns,
-            taken,
-            estimate=False,
-        )
-        if isinstance(found, Denial):
-            reasons = found.reasons
+    # What it keeps from others itself is not kept from it.
+    taken = state.taken_before.get(waiter.number, state.wanted[waiter.priority])
+    found = placement.place(state, waiter.ask, waiter.holder.process, now_ns, taken, estimate=False)
+    reasons: tuple[Reason, ...] = found.reasons if isinstance(found, Denial) else ()
     answer(state, waiter, Denial(note, reasons, final=True), now_ns, out)
+
+
+def follow_rules(state: State, out: list[Effect]) -> None:
+    """Apply changed rules to those who wait: who may not use its name any more is answered so.
+
+    Everyone else gets the place that the rules in force would have given it.
+    """
+    moved: list[tuple[Waiter, Priority]] = []
+    for waiter in tuple(state.queue):
+        ask = waiter.ask
+        client = state.clients[waiter.conn]
+        refusal = placement.bound_to_others(state, client.peer, ask)
+        if refusal is not None:
+            drop(state, waiter)
+            out.append(AnswerError(waiter.conn, waiter.request_id, refusal))
+            continue
+        priority = state.policy.priority(state.policy.rule(ask.agent), ask.priority)
+        if priority is not waiter.priority:
+            moved.append((waiter, priority))
+            state.changed_waiters[waiter.number] = waiter
+    state.queue.rank_anew(moved)
 
 
 def nobody_waits(state: State) -> None:

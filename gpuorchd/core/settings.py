@@ -23,11 +23,12 @@ from gpuorchd.core.effects import (
     PersistSettings,
 )
 from gpuorchd.core.events import CordonAsked, PolicyChangeAsked
-from gpuorchd.core.model import Code, Device, LeaseState, Note, Refusal
+from gpuorchd.core.model import Code, Device, DeviceUuid, LeaseState, Note, Refusal
 from gpuorchd.core.policy import Policy, PolicyError
 from gpuorchd.core.state import State
 
 SAFE_MODE = "safe_mode"
+SAFE_MODE_DEFAULT = False
 # Changes that wait for the disk behind the one that is being kept.
 BEHIND_MAX = 64
 
@@ -108,7 +109,10 @@ def _go_on(state: State, desk: Desk, out: list[Effect]) -> None:
 
 
 def _plan_policy(state: State, change: PolicyChangeAsked, out: list[Effect]) -> Pending | None:
-    if state.safe_mode and change.changes.get(SAFE_MODE) is not False:
+    changes = dict(change.changes)
+    if SAFE_MODE in changes and changes[SAFE_MODE] is None:
+        changes[SAFE_MODE] = SAFE_MODE_DEFAULT
+    if state.safe_mode and changes.get(SAFE_MODE) is not False:
         # Whatever it asks for: nothing changes while SAFE_MODE is on.
         out.append(AnswerPolicy(change.conn, change.request_id, Note.SAFE_MODE.value))
         return None
@@ -117,7 +121,6 @@ def _plan_policy(state: State, change: PolicyChangeAsked, out: list[Effect]) -> 
         refusal = Refusal(Code.CONFLICT, message, "if_revision")
         out.append(AnswerError(change.conn, change.request_id, refusal))
         return None
-    changes = dict(change.changes)
     try:
         wanted = _flag(changes.pop(SAFE_MODE, state.safe_mode))
         policy = state.policy.changed(changes, change.uids)
@@ -140,14 +143,18 @@ def _flag(value: object) -> bool:
 def _apply_policy(
     state: State, asked: PolicyChangeAsked, pending: Pending, now_ns: int, out: list[Effect]
 ) -> None:
+    before = state.policy
     state.policy = pending.policy
     state.revision = pending.revision
+    rules_changed = state.policy.rules != before.rules
     state.unsettled = state.upheaval = True
     flipped = pending.safe_mode != state.safe_mode
     state.safe_mode = pending.safe_mode
     out.append(AnswerPolicy(asked.conn, asked.request_id))
     fields = {"revision": state.revision, "changed": sorted(asked.changes)}
     out.append(Announce("policy.changed", fields))
+    if rules_changed:
+        serving.follow_rules(state, out)
     if flipped:
         out.append(Announce("daemon.safe_mode", {"on": state.safe_mode}))
         if state.safe_mode:
@@ -178,9 +185,11 @@ def _enter_safe_mode(state: State, now_ns: int, out: list[Effect]) -> None:
 
 def _plan_cordon(state: State, change: CordonAsked, out: list[Effect]) -> Pending | None:
     device = placement.find(state, change.gpu)
+    if device is None and isinstance(change.gpu, str):
+        # By its uuid a GPU is known that is away for now, as all are under SAFE_MODE.
+        device = state.devices.get(DeviceUuid(change.gpu))
     uuid = change.gpu if device is None else device.uuid
-    gone = device is None and change.reason is None and uuid in state.cordons
-    if device is None and not gone:
+    if device is None and (change.reason is not None or uuid not in state.cordons):
         refusal = Refusal(Code.NOT_FOUND, f"no GPU {change.gpu!r} here; see gpu_info", "gpu")
         out.append(AnswerError(change.conn, change.request_id, refusal))
         return None

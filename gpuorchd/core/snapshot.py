@@ -113,6 +113,7 @@ def lease_row(state: State, lease: Lease) -> LeaseRow:
         tuple([_part_row(part) for part in parts]),
         parts[0].device.exclusive == lease.lease_id if len(parts) == 1 else _whole(lease),
         lease.granted_ns,
+        lease.granted_unix_ns,
         lease.waited_ns,
         lease.expires_ns,
         lease.state.value,

@@ -92,6 +92,8 @@ class State:
     unsettled: bool = False
     # What changed may also have made a waiting request hopeless: all have to be looked at.
     upheaval: bool = False
+    # Unix time less the monotonic clock, as it is in this turn.
+    unix_offset_ns: int = 0
     deadlines: Deadlines = field(default_factory=Deadlines)
     # Counted per uid: connections that hold or await, live leases, waiting requests.
     holders_by_uid: dict[int, int] = field(default_factory=dict)

@@ -1,9 +1,10 @@
 """The daemon's life: what ends it, how it ends, and with which exit code.
 
-A first SIGTERM or SIGINT asks for a clean stop, a second ends the process at once. A clean stop has
-a deadline of its own below the one that the contract promises, because something that hangs on the
-way out must not keep the daemon alive. A bug, which is an exception that nobody expected in a
-callback of the loop, ends the daemon with a code by which the service manager starts it again.
+A first SIGTERM or SIGINT asks for a clean stop; a second changes nothing, for whoever waits has to
+be answered. A clean stop has a deadline of its own below the one that the contract promises,
+because something that hangs on the way out must not keep the daemon alive. A bug, which is an
+exception that nobody expected in a callback of the loop, ends the daemon with a code by which the
+service manager starts it again.
 
 Owns the process's signal handling and the loop's exception handler; knows nothing of leases.
 """
@@ -22,8 +23,7 @@ from gpuorchd.host.start import EXIT_BUG, Report
 
 # The contract promises the end within 5 s of the signal; the rest is for the interpreter's own end.
 STOP_DEADLINE_S = 4.0
-# A second signal: somebody does not want to wait, and nothing was finished.
-EXIT_IMPATIENT = 1
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Lifecycle:
@@ -59,9 +59,22 @@ class Lifecycle:
         """Give the signals back and call the deadline off."""
         if self._deadline is not None:
             self._deadline.cancel()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             self._loop.remove_signal_handler(number)
         self._loop.set_exception_handler(None)
+
+    def go_deaf(self) -> None:
+        """Ignore signals from now to the process's end, and call the deadline off.
+
+        What is left takes no time, and a signal must not spoil the exit code. The closing of the
+        loop gives the signals their defaults back, so they are kept from coming through as well;
+        ignored they are for threads, which have masks of their own and end before that.
+        """
+        if self._deadline is not None:
+            self._deadline.cancel()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def fail(self, what: str, error: BaseException) -> None:
         """Report a bug and end the daemon with the code for it."""
@@ -72,7 +85,7 @@ class Lifecycle:
     def _on_stop(self, number: signal.Signals) -> None:
         if self.ended.done():
             self._report("daemon.stop_repeated", signal=number.name)
-            exit_now(EXIT_IMPATIENT)
+            return
         self._report("daemon.stop_asked", signal=number.name)
         self.ended.set_result(0)
 

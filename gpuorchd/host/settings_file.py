@@ -171,7 +171,9 @@ def _read(document: Mapping[str, Any], safe_mode_env: bool | None, boot: str) ->
     run_time = _field(document, "safe_mode_run_time", bool, type(None))
     last_env = _field(document, "safe_mode_env", bool, type(None))
     cold = _field(document, "boot_id", str) != boot
-    if safe_mode_env is not None and (cold or safe_mode_env != last_env):
+    wins = safe_mode_env is not None and (cold or safe_mode_env != last_env)
+    if wins and safe_mode_env != run_time:
+        # One that says the same leaves what was set at run time as it is: it stands without it too.
         run_time = None
     names = set(user_names(policy))
     uids = resolve_users(names)

@@ -155,7 +155,7 @@ DAEMON: Mapping[str, EventKind] = {
     "daemon.stopped": _kind(Level.INFO, "the daemon has ended in order"),
     "daemon.stop_asked": _kind(Level.INFO, "a signal asks for the end", signal=NAME),
     "daemon.stop_repeated": _kind(
-        Level.WARNING, "a second signal: ends at once, unfinished", signal=NAME
+        Level.INFO, "a further signal: the daemon is ending already", signal=NAME
     ),
     "daemon.stop_overdue": _kind(
         Level.ERROR, "the end took too long and was forced", deadline_s=SECONDS

@@ -22,8 +22,10 @@ from gpuorchd.observe.http_pages import Answers, Asked, Page, error_page
 # Seconds that a connection may take for one request, from its first byte to the last of the answer.
 # Prometheus gives up after 10.
 REQUEST_S = 30.0
+# And until its first request is whole: a peer on this host sends that in one piece.
+HEADER_S = 5.0
 # How often that is looked at.
-SWEEP_S = 5.0
+SWEEP_S = 1.0
 # Seconds between two requests of a connection: a scraper that comes every 15 s stays connected.
 KEEPALIVE_S = 20.0
 # Bytes of the request line and of all that is in one header; a scraper needs a few hundred.
@@ -52,6 +54,8 @@ class HttpServer:
         self._told_s = -TOLD_AGAIN_S
         # When each connection began what it is doing now.
         self._begun_s: dict[RequestHandler, float] = {}
+        # Those that have not asked anything yet, in the order in which they came.
+        self._unasked: dict[RequestHandler, None] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._listener: asyncio.Server | None = None
         self._http = web.Server(
@@ -89,15 +93,27 @@ class HttpServer:
             await self._listener.wait_closed()
 
     def _accept(self) -> asyncio.Protocol:
-        if len(self._http.connections) >= self._connections_max:
+        if len(self._http.connections) >= self._connections_max and not self._make_room():
             self._tell_refused()
             return _Refusal(self._connections_max)
         connection = self._http()
         self._begun_s[connection] = self._loop.time()
+        self._unasked[connection] = None
         return connection
+
+    def _make_room(self) -> bool:
+        """End the connection that has asked nothing for longest: silence keeps nobody out."""
+        live = set(self._http.connections)
+        connection = next((each for each in self._unasked if each in live), None)
+        if connection is None:
+            return False
+        del self._unasked[connection]
+        self._abort(connection)
+        return True
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._begun_s[request.protocol] = self._loop.time()
+        self._unasked.pop(request.protocol, None)
         asked = Asked(
             request.method,
             request.path,
@@ -116,11 +132,13 @@ class HttpServer:
         now_s = self._loop.time()
         live = set(self._http.connections)
         for connection, begun_s in list(self._begun_s.items()):
-            overdue = now_s - begun_s > REQUEST_S
+            bound_s = HEADER_S if connection in self._unasked else REQUEST_S
+            overdue = now_s - begun_s > bound_s
             if overdue and connection in live:
                 self._abort(connection)
             if overdue or connection not in live:
                 del self._begun_s[connection]
+                self._unasked.pop(connection, None)
 
     def _abort(self, connection: RequestHandler) -> None:
         transport = connection.transport

@@ -1,9 +1,7 @@
-"""One client's connection: requests taken one at a time, and its life from accept to close.
+"""One client's connection: its life from accept to close.
 
-No more requests are taken while any of these holds: the last one's answer takes time (`metrics`,
-changes that are kept on disk), too much is unsent, or a turn's share of requests has been taken.
-Reading is paused meanwhile, so what is kept unparsed is bounded; the peer's end is then watched
-for apart.
+Reading is paused while no more requests are taken (`taking`), so what is kept unparsed is bounded;
+the peer's end is then watched for apart.
 
 States: open, then closing (a reply that ends the connection is on its way, or the input of text
 mode is over), then ended. `sealed` stands beside them: nothing more is sent, and what comes in is
@@ -17,52 +15,40 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, cast
 
-from gpuorchd.core.model import ConnectionId, Peer, RequestId
+from gpuorchd.core.model import ConnectionId, Peer
 from gpuorchd.server.credentials import Credentials
-from gpuorchd.server.dispatch import find_repeated, handle
+from gpuorchd.server.dispatch import VIEWS, find_repeated, handle
 from gpuorchd.server.faults import Fault, read_frame
 from gpuorchd.server.intake import Intake
 from gpuorchd.server.marker import MarkerWait
-from gpuorchd.server.outliving import Outliving, shut
+from gpuorchd.server.outliving import shut
 from gpuorchd.server.requests import AnyRequest
-from gpuorchd.server.speaker import LATE_OP
+from gpuorchd.server.taking import Taking
 from libclient.wire import vocabulary as words
-from libclient.wire.framing import HEADER, HEADER_BYTES, WHOLE_FRAME_BYTES
+from libclient.wire.framing import HEADER, HEADER_BYTES
 
 if TYPE_CHECKING:
     from gpuorchd.server.switchboard import Switchboard
 
-# Requests taken from one connection before others have their turn, and before their answers are
-# given to the kernel.
-REQUESTS_PER_TURN: Final = 64
 # What a connection that is being closed may still send before it is cut off.
 DISCARD_BYTES: Final = 1_048_576
 
 _length_at = HEADER.unpack_from
 
 
-class Connection(Outliving, asyncio.BufferedProtocol):
+class Connection(Taking, asyncio.BufferedProtocol):
     """One accepted connection. `refusal` is set on one that is over a bound: it is told so.
 
     `on_lost` is called once, when the loop has let go of a connection that it had taken in.
     """
 
     __slots__ = (
-        "_again",
-        "_closing",
-        "_deferred_id",
-        "_direct",
         "_discarded",
-        "_intake",
         "_on_lost",
         "_paused",
         "_shut",
         "_transport",
         "_watched",
-        "deferred",
-        "ended",
-        "refusal",
-        "sealed",
     )
 
     def __init__(
@@ -74,26 +60,14 @@ class Connection(Outliving, asyncio.BufferedProtocol):
         on_lost: Callable[[Connection], None],
         refusal: str | None = None,
     ) -> None:
-        super().__init__(board, number, sock, credentials)
-        self.refusal = refusal
-        self.ended = False
-        self.sealed = False
+        super().__init__(board, number, sock, credentials, refusal)
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
-        self._intake = Intake()
-        # Between frames and nothing in the way: a read that is one frame is taken as it is.
-        self._direct = False
         self._paused = False
         self._watched = False
-        # An answer that takes time is being waited for.
-        self.deferred = False
-        self._deferred_id: RequestId = None
-        self._closing = False
         # All that was said is with the kernel, and the peer was told that nothing more comes.
         self._shut = False
         self._discarded = 0
-        # Another look at the input is due in the loop's next turn.
-        self._again = False
 
     # What the loop calls.
 
@@ -114,8 +88,12 @@ class Connection(Outliving, asyncio.BufferedProtocol):
         direct = self._direct
         # The buffer has room for no frame over the limit: one that is here whole is within it.
         if direct and nbytes > HEADER_BYTES and _length_at(view)[0] == nbytes - HEADER_BYTES:
-            board.busy = self
             request = read_frame(view[HEADER_BYTES:nbytes])
+            if type(request) in VIEWS:
+                self._held = request
+                self._run()
+                return
+            board.busy = self
             if isinstance(request, Fault):
                 self._take(request)
             else:
@@ -175,25 +153,6 @@ class Connection(Outliving, asyncio.BufferedProtocol):
         self.close()
 
     # What the rest of the room calls.
-
-    def defer(self, request_id: RequestId) -> None:
-        """Take no further request until this one has been answered."""
-        self.deferred = True
-        self._deferred_id = request_id
-        self._direct = False
-
-    def answered(self, request_id: RequestId) -> None:
-        """Go on taking requests where it was this answer that was waited for."""
-        if self.deferred and self._deferred_id == request_id:
-            self.go_on()
-            self.board.tell_answered()
-
-    def go_on(self) -> None:
-        """Take further requests: the deferred one waits for nothing that they could overtake."""
-        self.deferred = False
-        self.op = LATE_OP
-        if self.board.busy is not self:
-            self._run_soon()
 
     def resume(self, peer: Peer | None, *, sealed: bool) -> None:
         """Go on with a connection that outlived a daemon; `peer` None: it holds nothing yet."""
@@ -266,27 +225,6 @@ class Connection(Outliving, asyncio.BufferedProtocol):
 
     # Taking requests.
 
-    def _run(self) -> None:
-        board = self.board
-        board.busy = self
-        taken = 0
-        starved = False
-        while taken < REQUESTS_PER_TURN and not self._is_halted():
-            request = self._intake.next()
-            if request is None:
-                starved = True
-                break
-            self._take(request)
-            taken += 1
-            self.behind += 1
-            if self.outbox.unsent_bytes > WHOLE_FRAME_BYTES and not self.outbox.blocked:
-                self.flush()
-        board.busy = None
-        board.flush()
-        if not self.outbox.unsent_bytes:
-            self.behind = 0
-        self._adjust(starved=starved)
-
     def _await_marker(self, marker: MarkerWait, data: bytes) -> None:
         rest = marker.feed(data)
         if rest is None:
@@ -295,16 +233,6 @@ class Connection(Outliving, asyncio.BufferedProtocol):
         if rest:
             self._intake.feed(rest)
         self._run()
-
-    def _run_soon(self) -> None:
-        if not self._again:
-            self._again = True
-            self.board.loop.call_soon(self._run_again)
-
-    def _run_again(self) -> None:
-        self._again = False
-        if not self.ended:
-            self._run()
 
     def _take(self, request: AnyRequest | Fault) -> None:
         if self.refusal is not None:
@@ -316,15 +244,6 @@ class Connection(Outliving, asyncio.BufferedProtocol):
             self.refuse(repeated or request)
         else:
             handle(self.board, self, request)
-
-    def _is_halted(self) -> bool:
-        if self._closing or self.ended or self.sealed or self.deferred:
-            return True
-        unsent_bytes = self.outbox.unsent_bytes
-        if self.kept and self.behind >= REQUESTS_PER_TURN and unsent_bytes:
-            # As many answers are remembered as may have to be given again.
-            return True
-        return unsent_bytes > 0 and unsent_bytes > self.bound_bytes
 
     def _adjust(self, *, starved: bool) -> None:
         """Read on, pause or finish, as what was just done leaves it."""
@@ -340,7 +259,7 @@ class Connection(Outliving, asyncio.BufferedProtocol):
         else:
             self._pause()
         if not halted and not starved:
-            self._run_soon()
+            self._line_up()
         free = not halted and not self._paused and self.refusal is None
         self._direct = free and intake.is_between_frames
 

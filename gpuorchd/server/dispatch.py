@@ -365,6 +365,11 @@ _BY_OP: Final[Mapping[str, Handler]] = {
     "revoke": _revoke,
 }
 
+# What shows the state at length, and changes nothing: a request for one can wait its turn.
+VIEWS: Final = frozenset(
+    {asked.Allocations, asked.Queue, asked.GpuInfo, asked.PolicyGet, asked.Explain}
+)
+
 # By the request's type, which is what a decoder gives: the op's name, its handler, and whether it
 # is for admins only.
 HANDLERS: Final = {

@@ -1,7 +1,8 @@
 """What was wrong with a request that the typed decoders refused, said exactly.
 
 This is the slow path: it decodes without types and then looks field by field, so that the reply can
-name the field, its value and what is allowed. Order of looking: is it a message at all
+name the field, its value and what is allowed. Where a key came twice, the message may be right by
+what came last: then it is the request after all. Order of looking: is it a message at all
 (`bad_frame`), its id, its op, fields that do not exist, fields that are missing or wrong.
 
 Nothing here raises for anything that a peer can send.
@@ -25,6 +26,7 @@ from gpuorchd.server.requests import (
     TOPIC_CHARS,
     TOPICS_MAX,
     AnyRequest,
+    Extension,
     Id,
     Request,
     UnprintableError,
@@ -158,9 +160,9 @@ def _bad_frame(message: str) -> Fault:
     return Fault(words.BAD_FRAME, message)
 
 
-def _frame_fault(payload: bytes | memoryview) -> Fault:
+def _frame_fault(payload: bytes | memoryview) -> AnyRequest | Fault:
     try:
-        raw = msgspec.msgpack.decode(payload)
+        raw = msgspec.msgpack.decode(payload, ext_hook=Extension)
     except RecursionError:
         return _too_deep()
     except ValueError as error:
@@ -168,7 +170,7 @@ def _frame_fault(payload: bytes | memoryview) -> Fault:
     return _message_fault(raw, text=False)
 
 
-def _line_fault(line: bytes) -> Fault:
+def _line_fault(line: bytes) -> AnyRequest | Fault:
     try:
         try:
             raw = msgspec.json.decode(line)
@@ -202,7 +204,7 @@ def _too_deep() -> Fault:
     return _bad_frame(f"the message nests deeper than {NESTING_MAX} levels")
 
 
-def _message_fault(raw: object, *, text: bool) -> Fault:
+def _message_fault(raw: object, *, text: bool) -> AnyRequest | Fault:
     if not isinstance(raw, dict):
         return _bad_frame(f"the message is not a map but {show(raw)}")
     for key in raw:
@@ -213,7 +215,11 @@ def _message_fault(raw: object, *, text: bool) -> Fault:
     return _request_fault(raw, text=text)
 
 
-def _request_fault(raw: Mapping[str, Any], *, text: bool) -> Fault:
+def _request_fault(raw: Mapping[str, Any], *, text: bool) -> AnyRequest | Fault:
+    """Say what is wrong with a message whose keys are there once, each as it came last.
+
+    It may be right so: the typed decoders look at a key each time that it comes.
+    """
     request_id = raw.get("id")
     op = raw.get("op")
     kind = BY_OP.get(op) if isinstance(op, str) else None
@@ -233,11 +239,20 @@ def _request_fault(raw: Mapping[str, Any], *, text: bool) -> Fault:
     if kind is None:
         message = f"there is no op {show(op)}; allowed: {', '.join(BY_OP)}"
         return Fault(words.UNKNOWN_OP, message, "op", request_id)
-    message, field = _field_fault(raw, kind, op)
-    return Fault(words.BAD_REQUEST, message, field, request_id, op)
+    found = _field_fault(raw, kind, op)
+    if found is not None:
+        return Fault(words.BAD_REQUEST, *found, request_id, op)
+    try:
+        request: AnyRequest = msgspec.convert(raw, AnyRequest)
+    except (ValueError, RecursionError):
+        # Not known to happen, but a peer must not be able to find out.
+        message = f"the request cannot be read as {op}"
+        return Fault(words.BAD_REQUEST, message, None, request_id, op)
+    return request
 
 
-def _field_fault(raw: Mapping[str, Any], kind: type[Request], op: str) -> tuple[str, str | None]:
+def _field_fault(raw: Mapping[str, Any], kind: type[Request], op: str) -> tuple[str, str] | None:
+    """Find what is wrong with a field; None where every one is right by itself."""
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     for name in raw:
         if name != "op" and name not in fields:
@@ -254,8 +269,7 @@ def _field_fault(raw: Mapping[str, Any], kind: type[Request], op: str) -> tuple[
     for name in fields:
         if name in raw and _holds_infinity(raw[name]):
             return f"{name} holds a number that is out of every range", name
-    # Every field is right by itself. Not known to happen, but a peer must not be able to find out.
-    return f"the request cannot be read as {op}", None
+    return None
 
 
 def _holds_infinity(value: object) -> bool:

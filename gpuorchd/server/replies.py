@@ -18,7 +18,7 @@ import msgspec
 
 from gpuorchd.core.model import NS_PER_S, Denial, Lease, Reason, RequestId
 from gpuorchd.core.placement import Plan
-from gpuorchd.views import Moment, reasons_shown, seconds
+from gpuorchd.views import GpuShare, Moment, reasons_shown, seconds
 from libclient.wire import vocabulary as words
 from libclient.wire.framing import HEADER
 
@@ -32,14 +32,6 @@ AT_NS: Final = "_at_ns"
 # Bounds of msgpack's short map header.
 FIXMAP_MAX: Final = 15
 FIXMAP: Final = 0x80
-
-
-class GpuShare(msgspec.Struct, gc=False):
-    """What a grant gives on one GPU."""
-
-    index: int
-    uuid: str
-    memory_mb: int
 
 
 class Grant(msgspec.Struct, gc=False):
@@ -83,9 +75,10 @@ def encode_line(message: Any) -> bytes:
     return _encode_line(message) + b"\n"
 
 
-def grant(lease: Lease, wall_offset_ns: int) -> Grant:
-    """Show a lease to its owner. `wall_offset_ns` is unix time less the monotonic clock."""
+def grant(lease: Lease) -> Grant:
+    """Show a lease to its owner, with the clock that it was granted by: twice the same."""
     parts = lease.parts
+    wall_offset_ns = lease.granted_unix_ns - lease.granted_ns
     expires_ns = lease.expires_ns
     first = parts[0].device.facts
     if len(parts) == 1:
@@ -101,7 +94,7 @@ def grant(lease: Lease, wall_offset_ns: int) -> Grant:
         lease.token,
         first.index,
         shares,
-        (lease.granted_ns + wall_offset_ns) / NS_PER_S,
+        lease.granted_unix_ns / NS_PER_S,
         lease.waited_ns / NS_PER_S,
         None if expires_ns is None else (expires_ns + wall_offset_ns) / NS_PER_S,
         {"CUDA_VISIBLE_DEVICES": visible},

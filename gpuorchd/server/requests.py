@@ -7,7 +7,7 @@ names of the wire's ops and never reach the core: `ask_of` and `dispatch` turn t
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -45,6 +45,16 @@ Labels = Annotated[
 ]
 
 PRIORITY_OF: Final = {priority.word: priority for priority in Priority}
+
+
+class Extension(NamedTuple):
+    """A msgpack extension type, which no field takes; it shows as what was sent."""
+
+    code: int
+    data: memoryview
+
+    def __repr__(self) -> str:
+        return f"extension type {self.code} of {len(self.data)} bytes"
 
 
 class UnprintableError(ValueError):
@@ -262,7 +272,9 @@ BY_OP: Final[dict[str, type[Request]]] = {
     str(kind.__struct_config__.tag): kind for kind in AnyRequest.__args__
 }
 
-frame_decoder: Final[msgspec.msgpack.Decoder[AnyRequest]] = msgspec.msgpack.Decoder(AnyRequest)
+frame_decoder: Final[msgspec.msgpack.Decoder[AnyRequest]] = msgspec.msgpack.Decoder(
+    AnyRequest, ext_hook=Extension
+)
 text_decoder: Final[msgspec.json.Decoder[AnyRequest]] = msgspec.json.Decoder(AnyRequest)
 
 

@@ -37,12 +37,14 @@ from gpuorchd.server.services import Options, Services
 from gpuorchd.server.speaker import Speaker
 from gpuorchd.server.subscriptions import Subscriptions
 from gpuorchd.server.tokens import TokenPool
+from gpuorchd.server.turns import Turns
 from gpuorchd.server.watch import Watch
 from gpuorchd.views import Moment, policy_get
 from libclient.wire import vocabulary as words
 
 if TYPE_CHECKING:
     from gpuorchd.server.connection import Connection
+    from gpuorchd.server.taking import Taking
 
 # Room for the largest request, so that any one of them can arrive in one read.
 READ_BYTES: Final = 65_540
@@ -68,6 +70,7 @@ class Switchboard:
         self.buffer = memoryview(bytearray(READ_BYTES))
         self.unsent = Unsent()
         self.watch = Watch(loop)
+        self.turns = Turns(loop)
         self.tokens = TokenPool()
         self.subscriptions = Subscriptions(loop, self.unix_s)
         self.connections: dict[ConnectionId, Connection] = {}
@@ -77,7 +80,7 @@ class Switchboard:
         # Connections with something to send at the end of this turn.
         self.dirty: list[Speaker] = []
         # The connection whose requests are being taken right now.
-        self.busy: Connection | None = None
+        self.busy: Taking | None = None
         # Connections that are to close, in the order in which they are cut off, and when.
         self._lingering: dict[ConnectionId, float] = {}
         self._linger_timer: asyncio.TimerHandle | None = None
@@ -203,6 +206,7 @@ class Switchboard:
             self._empty = self.loop.create_future()
             await self._empty
         self.subscriptions.close()
+        self.turns.close()
         self.watch.close()
 
     def _turn_ended(self) -> None:
@@ -213,8 +217,7 @@ class Switchboard:
         lease = effect.lease
         connection = self.connections.get(lease.conn)
         if connection is not None:
-            wall_offset_ns = time_ns() - self.engine.now_ns()
-            connection.send(connection.encode(replies.grant(lease, wall_offset_ns)))
+            connection.send(connection.encode(replies.grant(lease)))
         counts = self.request_counts
         counts[GRANTED] = counts.get(GRANTED, 0) + 1
 

@@ -210,11 +210,20 @@ def test_the_state_folder_of_the_service_manager_is_used(tmp_path: Path) -> None
         assert not daemon.state.exists()
 
 
-def test_two_stops_in_a_row_end_it_at_once(daemon: DaemonProcess) -> None:
-    daemon.process.send_signal(signal.SIGTERM)
-    daemon.process.send_signal(signal.SIGTERM)
-    # 0 where the first was already done with, else the code for a stop that was cut short.
-    assert daemon.wait(STOP_PROMISE_S) in (0, 1)
+def test_signals_that_follow_a_stop_spoil_nothing_of_it(daemon: DaemonProcess) -> None:
+    with daemon.client() as holder, daemon.client() as waiter:
+        assert holder.ask("lease", agent="a", exclusive=True)["granted"]
+        waiter.send("lease", id="w", agent="b", exclusive=True, wait_s=600)
+        waiter.event("lease.queued")
+        daemon.signal(signal.SIGTERM)
+        # One after the other until its end, whatever it is doing.
+        while daemon.process.poll() is None:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                daemon.signal(number)
+        assert daemon.wait() == 0
+        assert waiter.reply()["error"]["code"] == "shutting_down"
+        holder.event("daemon.stopping")
+    assert not daemon.socket.exists()
 
 
 def test_a_start_without_gpus_answers_and_leases_nothing(tmp_path: Path) -> None:

@@ -174,13 +174,41 @@ def test_one_connection_too_many_is_told_so_and_others_go_on() -> None:
     on_uvloop(test)
 
 
+def test_connections_that_ask_nothing_keep_nobody_out() -> None:
+    async def test() -> None:
+        async with side(connections_max=3) as port, asyncio.timeout(10):
+            asking = await asyncio.open_connection(*port.address)
+            asking[1].write(request_bytes("/health"))
+            assert (await read_answer(asking[0])).status == 200
+            half_sent = [await asyncio.open_connection(*port.address) for _ in range(2)]
+            for _, writer in half_sent:
+                writer.write(b"GET /hea")
+            await until(lambda: port.http._server and len(port.http._server._http.connections) == 3)
+            assert (await port.get("/health")).status == 200
+            oldest, other = half_sent
+            try:
+                assert await oldest[0].read() == b""
+            except ConnectionResetError:
+                # Ended with what it had sent unread.
+                pass
+            # Who has asked before stays, and so does the one for whom there was room.
+            asking[1].write(request_bytes("/health"))
+            assert (await read_answer(asking[0])).status == 200
+            other[1].write(request_bytes("/health").removeprefix(b"GET /hea"))
+            assert (await read_answer(other[0])).status == 200
+            for _, writer in (asking, *half_sent):
+                writer.close()
+
+    on_uvloop(test)
+
+
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A", b"\r\n"]
 )
 def test_a_client_that_never_finishes_its_request_is_ended(
     monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
-    monkeypatch.setattr(http_server, "REQUEST_S", 0.05)
+    monkeypatch.setattr(http_server, "HEADER_S", 0.05)
     monkeypatch.setattr(http_server, "SWEEP_S", 0.02)
 
     async def test() -> None:

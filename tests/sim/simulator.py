@@ -366,6 +366,7 @@ class Simulation:
                     {},
                     {"scout": {"gpu": False}, "critic": {"max_memory_mb": 2_000}},
                     {"*": {"default_memory_mb": 700, "priority": "background"}},
+                    {"scout": {"users": [1_000]}, "critic": {"priority": "critical"}},
                     {"analyst": {"max_priority": "normal"}, "*": {"max_memory_mb": 6_000}},
                 )
             ),

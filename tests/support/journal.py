@@ -110,6 +110,9 @@ class Journal:
                 self._cordon(change)
             elif isinstance(change, ev.PolicyChangeAsked):
                 self.rules.policy.change(change.changes)
+                for waiter in self.waiting:
+                    waiter.priority = self.rules.policy.priority(waiter.ask)
+                self.waiting.sort(key=lambda waiter: waiter.place)
                 wanted = change.changes.get("safe_mode")
                 if isinstance(wanted, bool) and wanted != self.rules.safe_mode:
                     self._switch_safe_mode(wanted, effects)

@@ -355,6 +355,8 @@ class Observer(Journal):
         if self.stopping or self.rules.safe_mode:
             require(not self.waiting, "nobody waits while nothing is granted")
             return
+        closed = [x for x in self.waiting if not self.rules.policy.admits(x.ask, x.uid)]
+        require(not closed, "nobody waits with a name that is closed to him", closed)
         audit.check_waiters(self.rules, self.waiting)
         audit.check_bounds(self.books, self.waiting, self._settings.limits)
         self._check_places(fired=isinstance(event, ev.TimePassed))

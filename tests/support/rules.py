@@ -103,6 +103,11 @@ class PolicyBook:
         highest = rule.get("max_priority")
         return max(chosen, WORDS[highest]) if isinstance(highest, str) else chosen
 
+    def admits(self, ask: Ask, uid: int) -> bool:
+        """Whether a user may use the name that he asks under."""
+        users = self.rule(ask.agent).get("users")
+        return not isinstance(users, list) or uid in users
+
 
 class Rules:
     """Judge requests by the books and the policy."""
@@ -135,7 +140,7 @@ class Rules:
 
     def charge_mb(self, ask: Ask, seat: Seat) -> int:
         """Say what a request counts against its agent's cap."""
-        return seat.capacity_mb if ask.exclusive else self.asked_mb(ask)
+        return seat.capacity_mb if ask.exclusive and self.policy.fractional else self.asked_mb(ask)
 
     def verdict(
         self, ask: Ask, holder: ProcessKey, *, most: bool, reserved: frozenset[DeviceUuid]

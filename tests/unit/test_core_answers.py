@@ -93,7 +93,7 @@ def test_what_can_never_be_is_not_called_by_what_only_stands_in_the_way_now() ->
         ({"default_memory_mb": -5}, None),
         ({"default_memory_mb": 100}, 99),
         ({"safe_mode": True, "default_memory_mb": 100}, None),
-        ({"safe_mode": None}, None),
+        ({"safe_mode": True}, 99),
         ({}, None),
     ],
 )

@@ -125,16 +125,29 @@ def test_an_end_that_hangs_is_forced_with_the_code_that_it_was_to_have() -> None
     assert done.stdout.split() == ["daemon.stop_overdue", "released"]
 
 
-def test_a_second_signal_ends_it_at_once() -> None:
+@pytest.mark.parametrize("loop", ["asyncio.new_event_loop", "uvloop.new_event_loop"])
+def test_further_signals_change_nothing_up_to_the_very_end(loop: str) -> None:
     done = run(
+        "import atexit, sys, uvloop\n"
         "async def main():\n"
         "    life = Lifecycle(asyncio.get_running_loop(), report)\n"
         "    life.install()\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    await life.ended\n"
+        "    code = await life.ended\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    await asyncio.Event().wait()\n"
-        "asyncio.run(main())\n"
+        "    await asyncio.to_thread(lambda: None)\n"
+        "    life.go_deaf()\n"
+        "    for number in lifecycle.SIGNALS:\n"
+        "        os.kill(os.getpid(), number)\n"
+        "    return code\n"
+        "def at_exit():\n"
+        "    for number in lifecycle.SIGNALS:\n"
+        "        os.kill(os.getpid(), number)\n"
+        "    print('exit')\n"
+        "atexit.register(at_exit)\n"
+        f"with asyncio.Runner(loop_factory={loop}) as runner:\n"
+        "    code = runner.run(main())\n"
+        "sys.exit(code)\n"
     )
-    assert done.returncode == 1
-    assert done.stdout.split() == ["daemon.stop_asked", "daemon.stop_repeated"]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["daemon.stop_asked", "daemon.stop_repeated", "exit"]

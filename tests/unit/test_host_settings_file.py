@@ -103,6 +103,27 @@ SAFE_MODE_RULE = [
     (None, True, None, True, False),
     (None, True, True, True, True),
 ]
+# What the environment sets at one start after the other (the first is of another boot), what
+# was set at run time before them all, and what SAFE_MODE is at the last.
+SAFE_MODE_STARTS = [
+    ((True, None), True, True),
+    ((True, True, None), True, True),
+    ((False, None), False, False),
+    # What the environment overruled is gone, without the environment too.
+    ((False, None), True, False),
+    ((True, None), False, False),
+]
+
+
+@pytest.mark.parametrize(("starts", "run_time", "expected"), SAFE_MODE_STARTS)
+def test_safe_mode_set_at_run_time_outlives_an_environment_that_says_the_same(
+    path: Path, starts: tuple[bool | None, ...], run_time: bool, expected: bool
+) -> None:
+    keep(path, run_time=run_time, env=None, boot="another boot")
+    for env in starts:
+        kept = load_settings(path, env, BOOT)
+        keep(path, run_time=kept.safe_mode_run_time, env=env, boot=BOOT)
+    assert kept.safe_mode is expected
 
 
 @pytest.mark.parametrize(("env", "last_env", "run_time", "same_boot", "expected"), SAFE_MODE_RULE)

@@ -122,7 +122,7 @@ ROOMS = (
     Room(
         VIEWS,
         (CORE, WIRE),
-        (),
+        ("msgspec",),
         "what is shown of the state is computed from it alone, the same for socket and HTTP",
         PURE,
     ),

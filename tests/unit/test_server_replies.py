@@ -51,13 +51,14 @@ def lease_on(*indices: int, expires_ns: int | None = None) -> Lease:
         priority=Priority.NORMAL,
         parts=tuple(Part(device, 500, 500, 500) for device in devices),
         granted_ns=10 * S,
+        granted_unix_ns=1_010 * S,
         waited_ns=3 * S // 2,
         expires_ns=expires_ns,
     )
 
 
 def test_a_grant_has_every_field_of_the_contract() -> None:
-    frame = encode_frame(replies.grant(lease_on(3, 1, expires_ns=70 * S), 1_000 * S))
+    frame = encode_frame(replies.grant(lease_on(3, 1, expires_ns=70 * S)))
     assert int.from_bytes(frame[:4], "big") == len(frame) - 4
     shown = msgpack.unpackb(frame[4:])
     assert shown == {
@@ -78,13 +79,11 @@ def test_a_grant_has_every_field_of_the_contract() -> None:
         "enforcement": "advisory",
         "env": {"CUDA_VISIBLE_DEVICES": "GPU-3,GPU-1"},
     }
-    assert json.loads(encode_line(replies.grant(lease_on(3, 1, expires_ns=70 * S), 1_000 * S))) == (
-        shown
-    )
+    assert json.loads(encode_line(replies.grant(lease_on(3, 1, expires_ns=70 * S)))) == (shown)
 
 
 def test_a_grant_without_a_time_limit_expires_never() -> None:
-    grant = replies.grant(lease_on(0), 0)
+    grant = replies.grant(lease_on(0))
     assert grant.expires_at is None
     assert grant.env == {"CUDA_VISIBLE_DEVICES": "GPU-0"}
 

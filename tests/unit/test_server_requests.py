@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpuorchd.core.model import Ask, Priority
+from gpuorchd.core.policy import DEFAULT, PolicyError
 from gpuorchd.server.dispatch import HANDLERS
 from gpuorchd.server.faults import ALLOWED, Fault, read_frame, read_line
 from gpuorchd.server.replies import encode_frame, encode_line, error
-from gpuorchd.server.requests import BY_OP, NESTING_MAX, Lease, ask_of, nesting
+from gpuorchd.server.requests import BY_OP, NESTING_MAX, Health, Lease, PolicySet, ask_of, nesting
 from libclient.wire import vocabulary as words
 
 PLAIN = (
@@ -231,3 +232,65 @@ def test_nesting_is_counted_by_containers() -> None:
     for _ in range(10_000):
         deep = [deep]
     assert nesting(deep) == NESTING_MAX + 1
+
+
+def frame_of(*pairs: tuple[str, object]) -> bytes:
+    """Write a map in which keys may come twice."""
+    packed = [msgpack.packb(key) + msgpack.packb(value) for key, value in pairs]
+    return bytes([0x80 | len(pairs)]) + b"".join(packed)
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([("id", {}), ("id", 1), ("op", "health")], Health(id=1)),
+        ([("id", 1), ("op", "gpu_info"), ("op", "health")], Health(id=1)),
+        ([("id", 1), ("op", 7), ("op", "health")], Health(id=1)),
+        ([("id", 1), ("op", "lease"), ("agent", 5), ("agent", "a")], Lease(id=1, agent="a")),
+        ([("id", 1), ("op", "lease"), ("agent", "a"), ("agent", 5)], "agent"),
+        ([("op", "health"), ("id", 1), ("id", {})], "id"),
+        ([("id", 1), ("op", "lease"), ("op", "health"), ("agent", "a")], "agent"),
+    ],
+)
+def test_a_key_that_comes_twice_counts_as_it_came_last(
+    text: bool, pairs: list[tuple[str, object]], expected: object
+) -> None:
+    if text:
+        inner = ",".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in pairs)
+        outcome: object = read_line(f"{{{inner}}}".encode())
+    else:
+        outcome = read_frame(frame_of(*pairs))
+    if isinstance(outcome, Fault):
+        assert outcome.field == expected
+    else:
+        assert outcome == expected
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("id", msgpack.ExtType(5, b"abc")), ("op", "health")],
+        [("id", 1), ("op", msgpack.ExtType(5, b"abc"))],
+        [("id", 1), ("op", "lease"), ("agent", [msgpack.ExtType(5, b"abc")])],
+        [("id", 1), ("op", "health"), ("x", msgpack.ExtType(5, b"abc"))],
+    ],
+)
+def test_what_msgpack_alone_can_say_is_shown_by_what_was_sent(
+    pairs: list[tuple[str, object]],
+) -> None:
+    fault = read_frame(frame_of(*pairs))
+    assert isinstance(fault, Fault)
+    assert " object at 0x" not in fault.message
+    assert fault.field == "x" or "extension type 5 of 3 bytes" in fault.message
+    bare = read_frame(msgpack.packb(msgpack.ExtType(5, b"abc")))
+    assert isinstance(bare, Fault)
+    assert " object at 0x" not in bare.message
+
+
+def test_an_extension_in_a_policy_is_shown_by_what_was_sent() -> None:
+    changes = {"kill_on_oom": msgpack.ExtType(5, b"abc")}
+    request = read_frame(frame_of(("id", 1), ("op", "policy_set"), ("changes", changes)))
+    assert isinstance(request, PolicySet)
+    with pytest.raises(PolicyError, match="is extension type 5 of 3 bytes; allowed"):
+        DEFAULT.changed(request.changes, {})

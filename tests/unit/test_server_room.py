@@ -137,7 +137,7 @@ async def test_a_bug_in_the_core_is_told_too(
 ) -> None:
     bugs = Bugs()
 
-    def handle(self: Machine, event: object, now_ns: int) -> list[object]:
+    def handle(self: Machine, event: object, now_ns: int, unix_ns: int) -> list[object]:
         raise RuntimeError("a bug in the core")
 
     async with served(bugs, tmp_path / "s"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import pytest
 
 from gpuorchd import views
@@ -74,9 +75,10 @@ class Host:
         return gpu
 
     def allocations(self, **options: Any) -> list[dict[str, Any]]:
-        shown = views.allocations(self.state, self.moment(), **options)["allocations"]
-        assert isinstance(shown, list)
-        return shown
+        shown = views.allocations(self.state, self.moment(), **options)
+        rows = msgspec.to_builtins(shown)["allocations"]
+        assert isinstance(rows, list)
+        return rows
 
 
 def test_a_gpu_that_was_never_read_is_unknown_and_not_empty() -> None:
@@ -175,7 +177,7 @@ def test_pages_of_leases_miss_none_and_repeat_none() -> None:
         page = views.allocations(host.state, host.moment(), after, 10)
         rows = page["allocations"]
         assert isinstance(rows, list)
-        seen += [row["lease_id"] for row in rows]
+        seen += [row.lease_id for row in rows]
         pages += 1
         if page["next"] is None:
             break
