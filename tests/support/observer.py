@@ -128,6 +128,7 @@ class Observer(Journal):
                 | ev.SealTold()
                 | ev.ReattachAsked()
                 | ev.RequestRepeated()
+                | ev.ClientsGreeted()
             ):
                 pass
             case _:

@@ -283,6 +283,7 @@ class Stage:
         attached = frozenset(conn for conn, link in self.links.items() if link.arrived)
         kept = self.table.kept()
         self.submit(ev.Restored(kept, attached, frozenset(), RESTART_GRACE_NS))
+        self.submit(ev.ClientsGreeted())
         for waiter in tuple(self.observer.waiting):
             if waiter.request_id is not None:
                 self.submit(ev.RequestRepeated(waiter.conn, waiter.request_id))

@@ -80,7 +80,7 @@ class Core:
         self, conn: int, request_id: RequestId, memory_mb: int, wait_s: float = 0, **ask: object
     ) -> list[fx.Effect]:
         """Ask for a lease; its token is made of connection and id."""
-        asked = Ask("agent", memory_mb, wait_ns=int(wait_s * SECOND), **ask)  # type: ignore[arg-type]
+        asked = Ask("agent", memory_mb, wait_ns=int(wait_s * SECOND), **ask)  # type: ignore[arg-type]  # as above
         token = token_of(conn, request_id)
         return self.submit(ev.LeaseAsked(ConnectionId(conn), request_id, asked, token))
 

@@ -335,68 +335,6 @@ def test_safe_mode_that_came_with_the_restart_asks_everybody_to_yield(core: Core
     assert len(told(core.wait(20 * SECOND), "lease.revoked")) == 1
 
 
-class TestSettings:
-    """A change that is in force, whose answer may not have been given."""
-
-    CHANGE = ev.PolicyChangeAsked(ONE, "p", {"default_memory_mb": 512}, 1, {})
-
-    def kept(self, core: Core, event: ev.Event) -> dict[str, object]:
-        """Have a change written, and let the daemon die before it knows."""
-        (effect,) = [x for x in core.submit(event) if isinstance(x, fx.PersistSettings)]
-        return dict(effect.document)
-
-    def settled(self, document: dict[str, object]) -> ev.Settled:
-        asked = document["asked"]
-        assert isinstance(asked, dict)
-        return ev.Settled(asked["epoch"], asked["connection"], asked["request_id"], asked["answer"])
-
-    def test_a_policy_is_not_set_twice_and_answers_as_if_it_had_been(self, core: Core) -> None:
-        document = self.kept(core, self.CHANGE)
-        policy = core.state.policy.changed({"default_memory_mb": 512}, {})
-        core.restart(policy=policy, settled=self.settled(document))
-        revision = core.state.revision
-        # As a new request it would be a conflict: the policy is at 2 already.
-        assert core.repeat(1, "p") == [fx.AnswerPolicy(ONE, "p")]
-        assert core.state.revision == revision == document["revision"]
-
-    def test_a_cordon_is_answered_with_its_gpu(self, core: Core) -> None:
-        document = self.kept(core, ev.CordonAsked(ONE, "c", 0, "hot"))
-        cordons = {"GPU-0": "hot"}
-        core.restart(cordons=cordons, settled=self.settled(document))
-        answer = {"gpu": "GPU-0", "index": 0, "cordoned": True}
-        assert core.repeat(1, "c") == [fx.Answer(ONE, "c", answer)]
-        document = self.kept(core, ev.CordonAsked(ONE, "u", "GPU-0", None))
-        core.restart(cordons={}, settled=self.settled(document))
-        answer = {"gpu": "GPU-0", "index": 0, "cordoned": False}
-        assert core.repeat(1, "u") == [fx.Answer(ONE, "u", answer)]
-        # And so it would have been answered by the daemon that did it.
-        core.submit(ev.CordonAsked(ONE, "c2", 0, "hot"))
-        done = answers(core.submit(ev.SettingsPersisted()))
-        assert done == [fx.Answer(ONE, "c2", {"gpu": "GPU-0", "index": 0, "cordoned": True})]
-
-    def test_an_answer_that_was_recorded_stands(self, core: Core) -> None:
-        document = self.kept(core, self.CHANGE)
-        core.submit(ev.SettingsPersisted())
-        settled = self.settled(document)._replace(answer={"another": "answer"})
-        core.restart(settled=settled)
-        assert core.repeat(1, "p") == [fx.AnswerPolicy(ONE, "p")]
-
-    @pytest.mark.parametrize(
-        "other", [{"epoch": "another table"}, {"conn": ConnectionId(99)}], ids=["epoch", "conn"]
-    )
-    def test_it_answers_nobody_else(self, core: Core, other: dict[str, object]) -> None:
-        document = self.kept(core, self.CHANGE)
-        core.restart(settled=self.settled(document)._replace(**other))  # type: ignore[arg-type]
-        assert is_new(core, 1, "p")
-
-    def test_what_had_not_reached_the_disk_is_done_when_it_is_asked_again(self, core: Core) -> None:
-        self.kept(core, self.CHANGE)
-        core.restart()
-        assert is_new(core, 1, "p")
-        self.kept(core, self.CHANGE)
-        assert answers(core.submit(ev.SettingsPersisted())) == [fx.AnswerPolicy(ONE, "p")]
-
-
 def test_text_lines_without_an_id_wait_and_end_like_others(core: Core) -> None:
     # Their connections are not kept; what they awaited ends with them.
     event = ev.LeaseAsked(TWO, None, Ask("agent", 5_000, wait_ns=60 * SECOND), Token("t"))

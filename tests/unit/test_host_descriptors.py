@@ -17,7 +17,7 @@ NOT_TAKEN = "the service manager does not take descriptors"
 DEADLINE_S = 10.0
 
 
-class Manager:
+class Init:
     """A service manager that does what it is told to; `barrier` lets the oldest barrier go."""
 
     def __init__(self) -> None:
@@ -72,8 +72,8 @@ class Asked:
 
 
 @pytest.fixture
-def manager() -> Iterator[Manager]:
-    found = Manager()
+def manager() -> Iterator[Init]:
+    found = Init()
     yield found
     found.close()
 
@@ -84,7 +84,7 @@ def fd() -> Iterator[int]:
         yield sock.fileno()
 
 
-def made(manager: Manager, bound: int = 100, stored: tuple[int, ...] = ()) -> DescriptorStore:
+def made(manager: Init, bound: int = 100, stored: tuple[int, ...] = ()) -> DescriptorStore:
     return DescriptorStore(manager, asyncio.get_running_loop(), bound, stored)
 
 
@@ -94,14 +94,14 @@ async def a_turn() -> None:
     await asyncio.sleep(0)
 
 
-async def until_heard(manager: Manager, text: str) -> None:
+async def until_heard(manager: Init, text: str) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while text not in manager.said:
             await asyncio.sleep(0.001)
 
 
 async def test_all_of_a_turn_share_one_barrier_and_are_told_when_it_is_back(
-    manager: Manager, fd: int
+    manager: Init, fd: int
 ) -> None:
     store, asked = made(manager), Asked()
     for number in (1, 40):
@@ -116,7 +116,7 @@ async def test_all_of_a_turn_share_one_barrier_and_are_told_when_it_is_back(
     store.close()
 
 
-async def test_barriers_of_different_turns_come_back_apart(manager: Manager, fd: int) -> None:
+async def test_barriers_of_different_turns_come_back_apart(manager: Init, fd: int) -> None:
     store, asked = made(manager), Asked()
     store.keep(1, fd, asked.of(1))
     await a_turn()
@@ -131,7 +131,7 @@ async def test_barriers_of_different_turns_come_back_apart(manager: Manager, fd:
 
 
 async def test_the_bound_counts_those_from_before_and_those_on_their_way(
-    manager: Manager, fd: int
+    manager: Init, fd: int
 ) -> None:
     store, asked = made(manager, bound=3, stored=(7, 8)), Asked()
     assert store.full() is None
@@ -143,7 +143,7 @@ async def test_the_bound_counts_those_from_before_and_those_on_their_way(
     store.close()
 
 
-async def test_the_names_together_stay_within_one_environment_variable(manager: Manager) -> None:
+async def test_the_names_together_stay_within_one_environment_variable(manager: Init) -> None:
     # Names of eight bytes, each with a separator.
     first = 36**7
     count = -(-NAMES_BYTES_MAX // 9)
@@ -154,9 +154,7 @@ async def test_the_names_together_stay_within_one_environment_variable(manager: 
     store.close()
 
 
-async def test_who_leaves_on_the_way_is_taken_out_and_told_nothing(
-    manager: Manager, fd: int
-) -> None:
+async def test_who_leaves_on_the_way_is_taken_out_and_told_nothing(manager: Init, fd: int) -> None:
     store, asked = made(manager), Asked()
     store.keep(1, fd, asked.of(1))
     store.keep(2, fd, asked.of(2))
@@ -177,7 +175,7 @@ async def test_who_leaves_on_the_way_is_taken_out_and_told_nothing(
     store.close()
 
 
-async def test_who_is_not_in_it_is_not_taken_out(manager: Manager) -> None:
+async def test_who_is_not_in_it_is_not_taken_out(manager: Init) -> None:
     store = made(manager, stored=(1,))
     store.drop(1)
     store.drop(1)
@@ -188,7 +186,7 @@ async def test_who_is_not_in_it_is_not_taken_out(manager: Manager) -> None:
 
 @pytest.mark.parametrize("refuses", ["FDSTORE=1", "BARRIER"])
 async def test_a_manager_that_takes_nothing_costs_a_refusal(
-    manager: Manager, fd: int, refuses: str
+    manager: Init, fd: int, refuses: str
 ) -> None:
     store, asked = made(manager), Asked()
     manager.refuses = refuses
@@ -201,7 +199,7 @@ async def test_a_manager_that_takes_nothing_costs_a_refusal(
 
 
 async def test_a_manager_that_does_not_answer_is_not_waited_for(
-    manager: Manager, fd: int, monkeypatch: pytest.MonkeyPatch
+    manager: Init, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(descriptors, "BARRIER_S", 0.02)
     store, asked = made(manager), Asked()
@@ -215,7 +213,7 @@ async def test_a_manager_that_does_not_answer_is_not_waited_for(
     store.close()
 
 
-async def test_removals_go_before_anything_new(manager: Manager, fd: int) -> None:
+async def test_removals_go_before_anything_new(manager: Init, fd: int) -> None:
     store, asked = made(manager, bound=2, stored=(1, 2)), Asked()
     manager.takes = False
     store.drop(1)
@@ -240,7 +238,7 @@ async def test_removals_go_before_anything_new(manager: Manager, fd: int) -> Non
 
 
 async def test_without_a_descriptor_for_the_barrier_all_are_refused(
-    manager: Manager, fd: int, monkeypatch: pytest.MonkeyPatch
+    manager: Init, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_pipe(flags: int) -> tuple[int, int]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -260,7 +258,7 @@ async def test_without_a_descriptor_for_the_barrier_all_are_refused(
     store.close()
 
 
-async def test_closing_leaves_no_pipe_and_calls_nobody(manager: Manager, fd: int) -> None:
+async def test_closing_leaves_no_pipe_and_calls_nobody(manager: Init, fd: int) -> None:
     def pipes() -> int:
         links = []
         for name in os.listdir("/proc/self/fd"):

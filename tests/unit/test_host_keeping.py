@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,7 @@ from gpuorchd.core.machine import Machine
 from gpuorchd.core.model import Ask, ConnectionId, Peer, Token
 from gpuorchd.core.state import Settings
 from gpuorchd.host import keeping, table
-from gpuorchd.host.keeping import Keeper, kept_config, lies_in_memory
+from gpuorchd.host.keeping import Keeper
 from gpuorchd.host.table import Table
 from gpuorchd.server.tokens import TokenPool, digest_of
 from tests.support.succeeding import process
@@ -344,7 +344,7 @@ def test_too_little_room_in_the_table_is_a_bound_like_any_other(
     assert daemons.keeper.failure is None
 
 
-class Manager:
+class Silent:
     """A service manager that takes everything and says nothing."""
 
     def send(self, text: str, fds: tuple[int, ...] = ()) -> bool:
@@ -353,7 +353,7 @@ class Manager:
 
 async def test_a_full_store_refuses_those_who_are_not_in_it(daemons: Daemons) -> None:
     something(daemons)
-    daemons.keeper.serve_store(Manager(), asyncio.get_running_loop(), 2, (1, 2))
+    daemons.keeper.serve_store(Silent(), asyncio.get_running_loop(), 2, (1, 2))
     assert daemons.keeper.has_store
     assert daemons.keeper.stored == 2
     assert daemons.keeper.refusal(stored=True) is None
@@ -361,63 +361,3 @@ async def test_a_full_store_refuses_those_who_are_not_in_it(daemons: Daemons) ->
     assert refusal == "at most 2 connections in the descriptor store; this bound is reached"
     daemons.keeper.drop(1)
     assert daemons.keeper.refusal(stored=False) is None
-
-
-MOUNTS = """\
-22 1 0:20 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-23 22 0:21 / /run rw,nosuid shared:2 - tmpfs tmpfs rw,mode=755
-24 23 0:22 / /run/disk\\040one rw - xfs /dev/sdb rw
-25 22 0:23 / /dev/shm rw - tmpfs tmpfs rw
-26 22 0:24 / /var/ram rw master:1 propagate_from:2 - ramfs none rw
-27 22 0:25 / /var/ram rw - ext4 /dev/sdc rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "memory"),
-    [
-        ("/run/gpuorchd/leases", True),
-        ("/run/disk one/leases", False),
-        ("/run/disk onetwo/leases", True),
-        ("/running/leases", False),
-        ("/var/lib/leases", False),
-        ("/dev/shm/x/leases", True),
-        # What was mounted last lies on top.
-        ("/var/ram/leases", False),
-    ],
-)
-def test_what_lies_in_memory_is_told_from_what_lies_on_a_disk(
-    path: str, memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS)
-    monkeypatch.setattr(keeping, "_MOUNTS", mounts)
-    monkeypatch.setattr(os.path, "realpath", os.fspath)
-    assert lies_in_memory(Path(path)) is memory
-
-
-def test_the_configuration_that_a_daemon_ran_on_is_read_by_the_next(
-    daemons: Daemons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keeping, "boot_id", lambda: BOOT)
-    assert kept_config(str(tmp_path)) == {}
-    something(daemons)
-    assert kept_config(str(tmp_path)) == CONFIG
-    # It was only looked at.
-    assert daemons.die() is not None
-    assert kept_config("") == {}
-    assert kept_config(str(tmp_path / "nowhere")) == {}
-
-
-@pytest.mark.parametrize("break_it", [unusable, lambda path: path.write_bytes(b"x" * 100)])
-def test_where_no_configuration_can_be_read_there_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, break_it: Callable[[Path], object]
-) -> None:
-    monkeypatch.setattr(keeping, "boot_id", lambda: BOOT)
-    path = tmp_path / "leases"
-    break_it(path)
-    path.chmod(0o600)
-    before = path.read_bytes()
-    assert kept_config(str(tmp_path)) == {}
-    # Setting it aside is for the daemon that goes on.
-    assert path.read_bytes() == before
