@@ -138,8 +138,10 @@ class Journal:
                 require(reached, "only what passes a bound is refused for it", effect)
             case code:
                 require(code is Code.NOT_OWNER, "an error of the contract", effect)
-                held = lease is not None and lease.detached_ns is None
-                require(held, "an owner gets its lease back", lease)
+                assert lease is not None
+                owner = (lease.holder, lease.uid) == (peer.process, peer.uid)
+                detached = lease.detached_ns is not None
+                require(not (owner and detached), "an owner gets its lease back", lease)
 
     # What settings change, before anything that follows from it.
 

@@ -25,28 +25,33 @@ def restart(stage: Stage, vanishing: Sequence[Link] = (), *, emptied: bool = Fal
     for link in vanishing:
         link.open = False
         del stage.links[link.conn]
-    attached = frozenset(conn for conn, link in stage.links.items() if link.arrived)
-    lost: frozenset[ConnectionId] = frozenset()
-    leases: list[tuple[ConnectionId, Token, Process]] = []
-    if emptied:
-        # Whoever vanished is not told apart from who was lost: its process may come back too.
-        attached, lost = frozenset(), frozenset(stage.observer.books.peers)
-        held = [x for x in stage.observer.books.leases.values() if x.live]
-        running = stage.world.processes
-        leases = [(x.conn, x.token, running[x.holder]) for x in held if x.holder in running]
-        for link in tuple(stage.links.values()):
-            link.open = False
-        stage.links.clear()
-    _go_on(stage, attached, lost)
+    books, running = stage.observer.books, stage.world.processes
+    held = [x for x in books.leases.values() if x.live and x.holder in running]
+    leases = [(x.conn, x.token, running[x.holder]) for x in held]
+    go_on(stage, emptied=emptied)
+    if stage.driver_open:
+        stage._later_here(stage.pace.probe_ns(), stage._probed)
     backs: dict[ConnectionId, list[Token]] = {}
-    for conn, token, process in leases:
+    for conn, token, process in leases if emptied else ():
         if conn not in backs:
             backs[conn] = []
             _come_back_later(stage, process, backs[conn])
         backs[conn].append(token)
 
 
-def _go_on(stage: Stage, attached: frozenset[ConnectionId], lost: frozenset[ConnectionId]) -> None:
+def go_on(stage: Stage, *, emptied: bool) -> None:
+    """Let another daemon go on with the connections that are open, or with none.
+
+    What waits is asked again at once. Nothing else happens by itself.
+    """
+    attached = frozenset(conn for conn, link in stage.links.items() if link.arrived)
+    lost: frozenset[ConnectionId] = frozenset()
+    if emptied:
+        # Whoever vanished is not told apart from who was lost: its process may come back too.
+        attached, lost = frozenset(), frozenset(stage.observer.books.peers)
+        for link in stage.links.values():
+            link.open = False
+        stage.links.clear()
     old = stage.machine.state
     stage._life += 1
     stage._timer = None
@@ -65,8 +70,6 @@ def _go_on(stage: Stage, attached: frozenset[ConnectionId], lost: frozenset[Conn
     for waiter in tuple(stage.observer.waiting):
         if waiter.request_id is not None:
             stage.submit(ev.RequestRepeated(waiter.conn, waiter.request_id))
-    if stage.driver_open:
-        stage._later_here(stage.pace.probe_ns(), stage._probed)
 
 
 def _come_back_later(stage: Stage, process: Process, tokens: list[Token]) -> None:
