@@ -59,7 +59,10 @@ def _last_good(supervisor: Supervisor, inputs: Inputs, refused: str) -> ReadConf
         return None
     from gpuorchd.host.keeping import kept_config
 
-    texts = kept_config(inputs.environ.get("RUNTIME_DIRECTORY", ""))
+    # Where the table lies, as far as that can be known of a configuration that cannot be read.
+    given = inputs.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    asked = inputs.flags.get("runtime_dir") or inputs.environ.get("GPUORCH_RUNTIME_DIR", "")
+    texts = kept_config(asked.strip() or given)
     if not texts:
         return None
     try:

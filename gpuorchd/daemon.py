@@ -15,6 +15,7 @@ import faulthandler
 import gc
 import os
 import secrets
+import sys
 import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -42,7 +43,7 @@ from gpuorchd.host.limits import fit_open_files
 from gpuorchd.host.settings_file import KeptSettings, boot_id
 from gpuorchd.host.settings_store import SettingsStore
 from gpuorchd.host.socket_file import PassedSocket
-from gpuorchd.host.start import EXIT_BUG, StartError
+from gpuorchd.host.start import EXIT_BUG, EXIT_CANNOT_START, StartError
 from gpuorchd.host.supervisor import Supervisor, served_socket
 from gpuorchd.host.users import UserNames
 from gpuorchd.observe.log import Log
@@ -96,7 +97,11 @@ async def _live(read: ReadConfig, supervisor: Supervisor, log: Log, began_ns: in
     try:
         async with AsyncExitStack() as closing:
             daemon = Daemon(read, supervisor, log, lifecycle, closing)
-            daemon.start()
+            try:
+                daemon.start()
+            except Exception as error:
+                daemon.abandon(error)
+                raise
             daemon.tell_started(began_ns)
             code = await lifecycle.ended
             lifecycle.set_deadline(daemon.release_socket)
@@ -171,6 +176,7 @@ class Daemon:
         self._store = SettingsStore(config.state_dir, config.safe_mode, log.event)
         closing.push_async_callback(self._store.close)
         kept = self._store.open()
+        self._settled = kept.settled
         keeper = Keeper(table_path(config, os.environ), boot_id(), log.event, digest_of)
         closing.callback(keeper.close)
         self._keeper = keeper
@@ -203,7 +209,7 @@ class Daemon:
         self._processes.attach(engine)
         observers.register(server, self._reloading.check, self._succession.check)
         self._closing.push_async_callback(server.stop)
-        self._succession.go_on(engine, server, self._log.event)
+        self._succession.go_on(engine, server, self._settled, self._log.event)
         server.serve(self._socket.listener)
         self._supervised.start()
         if not engine.state.safe_mode:
@@ -241,6 +247,23 @@ class Daemon:
             self._log.event("daemon.handed_over", code=code)
             self._log.close()
             exit_now(code)
+
+    def abandon(self, error: Exception) -> None:
+        """Leave all that was handed over to the next daemon: the start of this one has failed.
+
+        Where connections outlive this process it does not return.
+        """
+        self._succession.freeze()
+        if not self._succession.hands_over:
+            return
+        code = EXIT_BUG
+        if isinstance(error, StartError):
+            sys.stderr.write(f"gpuorchd: {error}\n")
+            code = EXIT_CANNOT_START
+        else:
+            self._lifecycle.fail("start", error)
+        self._log.close()
+        exit_now(code)
 
     def release_socket(self) -> None:
         """Give the socket's name up, when the rest of the end has taken too long."""

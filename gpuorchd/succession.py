@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpuorchd.config import TABLE, Config
-from gpuorchd.core.events import Kept, Restored
+from gpuorchd.core.events import ClientsGreeted, Kept, Restored, Settled
 from gpuorchd.core.model import NS_PER_S, ConnectionId
 from gpuorchd.engine import Engine
 from gpuorchd.host.descriptors import number_of
@@ -61,8 +61,12 @@ class Succession:
         """The name of the lease table that is gone on from, None where there is none."""
         return None if self._found is None else self._found.epoch
 
-    def go_on(self, engine: Engine, server: Server, report: Report) -> None:
+    def go_on(
+        self, engine: Engine, server: Server, settled: Settled | None, report: Report
+    ) -> None:
         """Restore the core, greet the clients, and record every change from now on.
+
+        `settled` is the change of settings that may not have been answered yet.
 
         A fault on the way is counted; the second sets the table aside and begins with an empty one.
         """
@@ -83,15 +87,17 @@ class Succession:
                 sock.close()
                 self._keeper.drop(number)
         grace_ns = int(self._config.reattach_grace_s * NS_PER_S)
-        if found is not None or fate.attached:
-            try:
-                engine.submit(Restored(kept, frozenset(fate.attached), fate.lost, grace_ns))
-            except Exception as fault:  # counted, so that a second one sets the table aside
-                self._keeper.failed(fault)
-                raise
-        self._keeper.begin(engine.state, texts_of(self._config))
-        numbers = (*self._stored, *(client.conn for client in kept.clients))
-        server.resume(fate.attached, engine.state, max(numbers, default=0) + 1)
+        try:
+            if found is not None or fate.attached:
+                attached = frozenset(fate.attached)
+                engine.submit(Restored(kept, attached, fate.lost, grace_ns, settled))
+            self._keeper.begin(engine.state, texts_of(self._config))
+            server.resume(fate.attached, engine.state, first_number(self._stored, kept))
+            engine.submit(ClientsGreeted())
+        except Exception as fault:  # counted, so that a second one sets the table aside
+            self._keeper.failed(fault)
+            raise
+        self._keeper.went_on()
         if found is not None or fate.attached:
             state = engine.state
             report(
@@ -141,6 +147,15 @@ def fates_of(
     if not stored:
         lost.update(client.conn for client in kept.clients)
     return Fate(attached, frozenset(lost))
+
+
+def first_number(stored: Mapping[ConnectionId, socket.socket], kept: Kept) -> int:
+    """Say from where new connections are numbered: no number that still names an older one.
+
+    A lease that is detached or drains names the connection that it was granted on, which is gone.
+    """
+    named = (*(client.conn for client in kept.clients), *(lease.conn for lease in kept.leases))
+    return max((*stored, *named), default=0) + 1
 
 
 def table_path(config: Config, environ: Mapping[str, str]) -> Path:

@@ -36,6 +36,18 @@ class Kept(NamedTuple):
     totals: tuple[int, int, int] = (0, 0, 0)
 
 
+class Settled(NamedTuple):
+    """The change that brought the settings about that are in force, and what it is answered.
+
+    `epoch` is of the lease table that its connection belonged to. `answer` None: the policy.
+    """
+
+    epoch: str
+    conn: ConnectionId
+    request_id: int | str
+    answer: Mapping[str, object] | None
+
+
 class ClientArrived(NamedTuple):
     """A connection is about to make its first lease request."""
 
@@ -129,6 +141,12 @@ class Restored(NamedTuple):
     attached: frozenset[ConnectionId]
     lost: frozenset[ConnectionId]
     grace_ns: int
+    # Done, but perhaps not answered.
+    settled: Settled | None = None
+
+
+class ClientsGreeted(NamedTuple):
+    """The connections of an earlier daemon can be spoken to again, now that `Restored` is done."""
 
 
 class RevokeAsked(NamedTuple):
@@ -221,6 +239,7 @@ Event = (
     | ReattachAsked
     | RequestRepeated
     | Restored
+    | ClientsGreeted
     | RevokeAsked
     | CordonAsked
     | PolicyChangeAsked

@@ -142,6 +142,20 @@ def signal(state: State, lease: Lease, out: list[Effect]) -> None:
         out.append(SignalPeer(lease.conn, client.signal))
 
 
+def tell_revoking(state: State, lease: Lease, now_ns: int, out: list[Effect]) -> None:
+    """Tell the owner of a lease that is being asked back, and nobody else, once more."""
+    due_ns = state.deadlines.due_ns((REVOKE, lease.lease_id))
+    assert due_ns is not None, "a lease is asked back without a deadline"
+    fields = {
+        "lease_id": lease.lease_id,
+        "agent": lease.ask.agent,
+        "reason": lease.revoke_reason,
+        "deadline_s": max(0, due_ns - now_ns) / NS_PER_S,
+    }
+    # No second signal: programs take that for an order to break off.
+    out.append(Announce("lease.revoking", fields, lease.conn, private=True))
+
+
 def revoke_now(state: State, lease: Lease, reason: str, now_ns: int, out: list[Effect]) -> None:
     """End a lease that was asked back."""
     fields = {"lease_id": lease.lease_id, "agent": lease.ask.agent, "reason": reason}
@@ -176,6 +190,10 @@ def end(state: State, lease: Lease, event: Announce, now_ns: int, out: list[Effe
     if not detached:
         client = state.clients[lease.conn]
         del client.requests[request_key(lease)]
+        if client.repeats:
+            # Nothing is left to answer its request with, should it be asked again: a new one then.
+            client.repeats.pop(lease.request_id, None)
+            state.unrepeated.discard((lease.conn, lease.request_id))
         settle_holding(state, client)
     state.changed_leases[lease.number] = lease
     state.live_leases -= 1

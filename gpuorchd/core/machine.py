@@ -30,6 +30,7 @@ from gpuorchd.core.events import (
     CancelAsked,
     ClientArrived,
     ClientLeft,
+    ClientsGreeted,
     ConfigurationRead,
     CordonAsked,
     DevicesFound,
@@ -107,6 +108,7 @@ class Machine:
             ReattachAsked: self._reattach,
             RequestRepeated: self._repeat,
             Restored: self._restore,
+            ClientsGreeted: self._tell_owners,
             RevokeAsked: self._revoke,
             ClientArrived: self._arrive,
             ClientLeft: self._leave,
@@ -136,13 +138,13 @@ class Machine:
                 serving.serve(state, now_ns, out)
             else:
                 serving.nobody_waits(state)
+        # With the answers that are held back: yet another daemon has to give them.
+        commit = snapshot.changes(state, out) if state.settings.keeps else None
         if state.unrepeated:
             out = recovery.hold_back(state, out)
-        if state.settings.keeps:
-            commit = snapshot.changes(state, out)
-            if commit is not None:
-                # What is promised is recorded first.
-                out.insert(0, commit)
+        if commit is not None:
+            # What is promised is recorded first.
+            out.insert(0, commit)
         return out
 
     def next_deadline_ns(self) -> int | None:
@@ -283,7 +285,7 @@ class Machine:
 
     def _restore(self, event: Restored, now_ns: int, out: list[Effect]) -> None:
         state = self.state
-        recovery.rebuild(state, event.kept, now_ns, event.grace_ns, out)
+        recovery.rebuild(state, event, now_ns, out)
         ended, lost = recovery.fates(state, event)
         for client in ended:
             self._leave(ClientLeft(client.conn), now_ns, out)
@@ -292,6 +294,9 @@ class Machine:
             self._end_waits(client, now_ns, out)
             recovery.detach(state, client, now_ns + event.grace_ns)
             drain.leave(state, client, out)
+
+    def _tell_owners(self, event: ClientsGreeted, now_ns: int, out: list[Effect]) -> None:
+        recovery.tell_owners(self.state, now_ns, out)
 
     def _revoke(self, event: RevokeAsked, now_ns: int, out: list[Effect]) -> None:
         lease = self.state.leases.get(LeaseId(event.lease_id))

@@ -20,7 +20,7 @@ from gpuorchd.core.effects import (
     TakeReading,
     WatchProcess,
 )
-from gpuorchd.core.events import Kept, ReattachAsked, RequestRepeated, Restored
+from gpuorchd.core.events import ReattachAsked, RequestRepeated, Restored, Settled
 from gpuorchd.core.model import (
     Client,
     Code,
@@ -45,12 +45,13 @@ from gpuorchd.core.rows import ClientRow, LeaseRow, OutcomeRow, PartRow, WaiterR
 from gpuorchd.core.state import State
 
 
-def rebuild(state: State, kept: Kept, now_ns: int, grace_ns: int, out: list[Effect]) -> None:
+def rebuild(state: State, event: Restored, now_ns: int, out: list[Effect]) -> None:
     """Put the recorded state together, as if every connection were still there.
 
-    GPUs count as absent until they are found again. Every lease with a time limit gets `grace_ns`
+    GPUs count as absent until they are found again. Every lease with a time limit gets the grace
     at least, because nobody could renew it meanwhile.
     """
+    kept = event.kept
     for row in kept.devices:
         facts = DeviceFacts(*row)
         cordon = state.cordons.get(facts.uuid)
@@ -59,11 +60,13 @@ def rebuild(state: State, kept: Kept, now_ns: int, grace_ns: int, out: list[Effe
     for client in kept.clients:
         _rebuild_client(state, client, out)
     for lease in kept.leases:
-        _rebuild_lease(state, lease, now_ns + grace_ns, out)
+        _rebuild_lease(state, lease, now_ns + event.grace_ns, out)
     for waiter in kept.waiters:
         _rebuild_waiter(state, waiter)
     for outcome in kept.outcomes:
         _recall(state, outcome)
+    if event.settled is not None:
+        _recall_settled(state, event.settled)
     state.granted_total, state.queued_total, state.expired_total = kept.totals
     state.unsettled = state.upheaval = True
     if any(lease.state is LeaseState.DRAINING for lease in state.leases.values()):
@@ -89,6 +92,24 @@ def detach(state: State, client: Client, due_ns: int) -> None:
         state.deadlines.set((leases.DETACH, request.lease_id), due_ns)
         state.changed_leases[request.number] = request
         leases.settle_holding(state, client)
+
+
+def tell_owners(state: State, now_ns: int, out: list[Effect]) -> None:
+    """Say again what an earlier daemon may not have got to say, and ask back what has to be.
+
+    Nobody can tell whether the owner of a lease that is asked back has heard of it. And SAFE_MODE
+    may be on since nobody was there to ask for anything.
+    """
+    for lease in tuple(state.leases.values()):
+        if lease.state is LeaseState.DRAINING:
+            continue
+        due_ns = state.deadlines.due_ns((leases.REVOKE, lease.lease_id))
+        if state.safe_mode:
+            grace_ns = state.policy.safe_mode_grace_ns
+            leases.ask_back(state, lease, Note.SAFE_MODE.value, grace_ns, now_ns, out)
+        same = state.deadlines.due_ns((leases.REVOKE, lease.lease_id)) == due_ns
+        if same and lease.state is LeaseState.REVOKING:
+            leases.tell_revoking(state, lease, now_ns, out)
 
 
 def detached_of(state: State, process: ProcessKey) -> list[Lease]:
@@ -128,6 +149,8 @@ def reattach(state: State, event: ReattachAsked, now_ns: int, out: list[Effect])
         client.requests[leases.request_key(lease)] = lease
         state.changed_leases[lease.number] = lease
         out.append(AnswerGrant(lease))
+        if revoked:
+            leases.tell_revoking(state, lease, now_ns, out)
         return
     out.append(AnswerError(event.conn, event.request_id, refusal))
 
@@ -238,7 +261,7 @@ def _rebuild_lease(state: State, row: LeaseRow, least_ns: int, out: list[Effect]
     if lease.state is LeaseState.DRAINING:
         _set_drain(state, lease)
     else:
-        _set_live(state, lease, row.revoke_ns)
+        _set_live(state, lease, row.revoke_ns, least_ns)
 
 
 def _device(state: State, part: PartRow) -> Device:
@@ -250,7 +273,7 @@ def _device(state: State, part: PartRow) -> Device:
     return device
 
 
-def _set_live(state: State, lease: Lease, revoke_ns: int | None) -> None:
+def _set_live(state: State, lease: Lease, revoke_ns: int | None, detached_ns: int) -> None:
     state.tokens[lease.token] = lease
     state.live_leases += 1
     uid = lease.uid
@@ -260,6 +283,8 @@ def _set_live(state: State, lease: Lease, revoke_ns: int | None) -> None:
     if revoke_ns is not None:
         state.deadlines.set((leases.REVOKE, lease.lease_id), revoke_ns)
     if lease.state is LeaseState.DETACHED:
+        # Its owner has not come back yet, and has the whole grace with this daemon again.
+        state.deadlines.set((leases.DETACH, lease.lease_id), detached_ns)
         return
     client = state.clients[lease.conn]
     begin_holding(state, client)
@@ -309,6 +334,19 @@ def _recall(state: State, row: OutcomeRow) -> None:
         return
     client.outcomes = max(client.outcomes, row.number + 1)
     _allow_repeat(client, row.request_id, _answer_of(row))
+
+
+def _recall_settled(state: State, settled: Settled) -> None:
+    client = state.clients.get(settled.conn)
+    if client is None or settled.epoch != state.settings.epoch:
+        return
+    assert client.repeats is not None
+    if settled.request_id not in client.repeats:
+        if settled.answer is None:
+            answer: Effect = AnswerPolicy(settled.conn, settled.request_id)
+        else:
+            answer = Answer(settled.conn, settled.request_id, settled.answer)
+        client.repeats[settled.request_id] = answer
 
 
 def _answer_of(row: OutcomeRow) -> Effect:

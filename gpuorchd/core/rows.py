@@ -24,8 +24,9 @@ LEASE = "l"
 WAITER = "w"
 OUTCOME = "o"
 
-# Answers of one connection that may have to be given again: as many as it may have open.
-OUTCOMES_KEPT = 64
+# Answers of one connection that may have to be given again: to as many requests as are taken before
+# their answers are with the kernel, and to as many that waited and were answered meanwhile.
+OUTCOMES_KEPT = 128
 
 
 class DeviceRow(NamedTuple):

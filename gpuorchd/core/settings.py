@@ -55,13 +55,25 @@ class Desk:
         self.behind: deque[Change] = deque()
 
 
-def document(pending: Pending) -> Mapping[str, object]:
-    """What is kept on disk."""
+def document(state: State, pending: Pending) -> Mapping[str, object]:
+    """What is kept on disk, with the request that it answers: another daemon may have to do that.
+
+    Between the disk and the answer this one may die. `answer` is null for a change of policy, which
+    is answered with the policy.
+    """
+    asked = pending.asked
+    answer = None if isinstance(asked, PolicyChangeAsked) else _cordon_fields(state, pending)
     return {
         "policy": pending.policy.document(),
         "revision": pending.revision,
         SAFE_MODE: pending.safe_mode,
         "cordons": dict(pending.cordons),
+        "asked": {
+            "epoch": state.settings.epoch,
+            "connection": asked.conn,
+            "request_id": asked.request_id,
+            "answer": answer,
+        },
     }
 
 
@@ -82,7 +94,7 @@ def ask(state: State, desk: Desk, change: Change, out: list[Effect]) -> None:
     )
     if planned is not None:
         desk.pending = planned
-        out.append(PersistSettings(document(planned)))
+        out.append(PersistSettings(document(state, planned)))
 
 
 def persisted(
@@ -204,20 +216,28 @@ def _plan_cordon(state: State, change: CordonAsked, out: list[Effect]) -> Pendin
     return Pending(change, state.policy, state.revision, state.safe_mode, cordons)
 
 
-def _apply_cordon(state: State, asked: CordonAsked, pending: Pending, out: list[Effect]) -> None:
-    before = state.cordons
-    state.cordons = dict(pending.cordons)
-    state.unsettled = state.upheaval = True
-    (uuid,) = {
-        uuid for uuid in (*before, *state.cordons) if before.get(uuid) != state.cordons.get(uuid)
-    }
-    reason = state.cordons.get(uuid)
+def _cordon_fields(state: State, pending: Pending) -> dict[str, object]:
+    """The answer to a cordon, or its end, that is about to be put in force."""
+    before, after = state.cordons, pending.cordons
+    (uuid,) = {uuid for uuid in (*before, *after) if before.get(uuid) != after.get(uuid)}
     fields: dict[str, object] = {"gpu": uuid}
     for device in state.devices.values():
         if device.uuid == uuid:
-            device.cordon = reason
             fields["index"] = device.index
-    out.append(Answer(asked.conn, asked.request_id, {**fields, "cordoned": reason is not None}))
+    return {**fields, "cordoned": uuid in after}
+
+
+def _apply_cordon(state: State, asked: CordonAsked, pending: Pending, out: list[Effect]) -> None:
+    answer = _cordon_fields(state, pending)
+    state.cordons = dict(pending.cordons)
+    state.unsettled = state.upheaval = True
+    out.append(Answer(asked.conn, asked.request_id, answer))
+    fields = {name: value for name, value in answer.items() if name != "cordoned"}
+    uuid = str(answer["gpu"])
+    reason = state.cordons.get(uuid)
+    for device in state.devices.values():
+        if device.uuid == uuid:
+            device.cordon = reason
     if reason is None:
         out.append(Announce("gpu.uncordoned", fields))
     else:

@@ -21,6 +21,7 @@ DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 NAMES_BYTES_MAX: Final = 120_000
 # A manager that takes longer is not waited for: the request is refused, not left open.
 BARRIER_S: Final = 2.0
+NOT_TAKEN: Final = "the service manager does not take descriptors"
 # What the manager did not take at once is sent again so often.
 RETRY_S: Final = 0.01
 
@@ -121,12 +122,17 @@ class DescriptorStore:
         asked, self._asked = self._asked, []
         if not asked:
             return
-        batch = _Batch(self._loop, self._batches)
+        try:
+            batch = _Batch(self._loop, self._batches)
+        except OSError as error:
+            for number, _, then in asked:
+                self._fail(number, then, f"no barrier can be made: {error.strerror}")
+            return
         for number, fd, then in asked:
             if self._teller.send(f"FDSTORE=1\nFDNAME={name_of(number)}", (fd,)):
                 batch.waiting[number] = then
             else:
-                self._fail(number, then)
+                self._fail(number, then, NOT_TAKEN)
         if not batch.waiting:
             batch.end(None, call=False)
             return
@@ -139,11 +145,11 @@ class DescriptorStore:
         waiting = tuple(batch.waiting.items())
         batch.end(None, call=False)
         for number, then in waiting:
-            self._fail(number, then)
+            self._fail(number, then, NOT_TAKEN)
 
-    def _fail(self, number: int, then: Then) -> None:
+    def _fail(self, number: int, then: Then, reason: str) -> None:
         self.drop(number)
-        then("the service manager does not take descriptors")
+        then(reason)
 
 
 class _Batch:

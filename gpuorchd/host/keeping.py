@@ -30,7 +30,7 @@ from gpuorchd.core.state import State
 from gpuorchd.host.descriptors import DescriptorStore, Teller
 from gpuorchd.host.settings_file import boot_id
 from gpuorchd.host.start import Report, StartError
-from gpuorchd.host.table import TRIES, Contents, Damaged, Key, Table, TableFull
+from gpuorchd.host.table import TRIES, Contents, Damaged, Key, Table, TableFull, set_aside
 
 TABLE_NAME = "leases"
 # Rows of this room: connections with half a frame, and the configuration in force.
@@ -66,7 +66,11 @@ class Keeper:
         self._digest_of = digest_of
         # Where secrets must not be kept, and connections not outlive the daemon.
         self.on_disk = not lies_in_memory(path)
-        self._table = Table(path, boot)
+        try:
+            self._table = Table(path, boot)
+        except Damaged as fault:
+            self._tell_set_aside(path, set_aside(path), str(fault))
+            self._table = Table(path, boot)
         self._epoch = ""
         self._state: State | None = None
         self._own: dict[Key, Any] = {}
@@ -110,9 +114,12 @@ class Keeper:
         self._frozen = False
         try:
             self._table.begin(self._epoch, self._everything()[1], snapshot.totals(state))
-            self._table.clear_failures()
         except TableFull as fault:
             self._fail(fault)
+
+    def went_on(self) -> None:
+        """Take note that this daemon has gone on from what was left."""
+        self._table.clear_failures()
 
     def serve_store(
         self,
@@ -167,6 +174,8 @@ class Keeper:
         `stored`: its connection is in the store already.
         """
         if self.failure is not None:
+            self._compact()
+        if self.failure is not None:
             return f"the lease table cannot be written: {self.failure}"
         if self._table.room_bytes < ROOM_BYTES_MIN:
             self._compact()
@@ -204,6 +213,8 @@ class Keeper:
         self, rows: Mapping[Key, tuple[object, ...] | None], totals: tuple[int, int, int]
     ) -> None:
         if self.failure is not None:
+            # What could not be recorded is part of everything by now.
+            self._compact()
             return
         if self.on_disk:
             rows = self._without_secrets(rows)
@@ -218,6 +229,8 @@ class Keeper:
             self._table.begin(self._epoch, self._everything()[1], snapshot.totals(self._state))
         except TableFull as fault:
             self._fail(fault)
+        else:
+            self._mend()
 
     def _everything(self) -> tuple[str, Mapping[Key, object]]:
         assert self._state is not None, "asked before anything was begun"
@@ -233,14 +246,23 @@ class Keeper:
         return found
 
     def _fail(self, fault: TableFull) -> None:
+        if self.failure is None:
+            self._report("host.table_failed", path=str(self._table.path), error=str(fault))
         self.failure = str(fault)
-        self._report("host.table_failed", path=str(self._table.path), error=self.failure)
+
+    def _mend(self) -> None:
+        if self.failure is not None:
+            self.failure = None
+            self._report("host.table_mended", path=str(self._table.path))
 
     def _set_aside(self, why: str) -> None:
         path, boot = self._table.path, self._table.boot
-        aside = self._table.set_aside()
-        self._report("host.table_set_aside", path=str(path), kept_as=str(aside), damage=why)
+        self._table.close()
+        self._tell_set_aside(path, set_aside(path), why)
         self._table = Table(path, boot)
+
+    def _tell_set_aside(self, path: Path, aside: Path, why: str) -> None:
+        self._report("host.table_set_aside", path=str(path), kept_as=str(aside), damage=why)
 
 
 def lies_in_memory(path: Path) -> bool:
@@ -264,7 +286,7 @@ def kept_config(folder: str) -> Mapping[str, str]:
         return {}
     try:
         table = Table(path, boot_id())
-    except StartError:
+    except (StartError, Damaged):
         return {}
     try:
         contents = table.read()

@@ -5,6 +5,8 @@ Owns the format, the atomic write and the way back. One JSON file in the state f
     version              of this format
     policy, revision, safe_mode, cordons
                          as the core gives them in `PersistSettings`
+    asked                the request that the newest change answers, and its answer where that is
+                         not the policy: it may not have been given yet; absent where there is none
     safe_mode_run_time   SAFE_MODE as somebody set it at run time, null where nobody did
     safe_mode_env        SAFE_MODE as the last start's environment had it, null where it had none
     boot_id              the boot in which that start was
@@ -27,6 +29,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from gpuorchd.core.events import Settled
+from gpuorchd.core.model import ConnectionId
 from gpuorchd.core.policy import Policy, PolicyError, user_names
 from gpuorchd.host.start import StartError
 from gpuorchd.host.users import resolve_users
@@ -53,6 +57,7 @@ class KeptSettings(NamedTuple):
     safe_mode: bool = False
     cordons: Mapping[str, str] = MappingProxyType({})
     safe_mode_run_time: bool | None = None
+    settled: Settled | None = None
     set_aside: Path | None = None
     damage: str | None = None
     unrepaired: str | None = None
@@ -189,8 +194,31 @@ def _read(document: Mapping[str, Any], safe_mode_env: bool | None, boot: str) ->
         cordons=cordons,
         safe_mode_run_time=run_time,
         unrepaired=document["damage"] if isinstance(document.get("damage"), str) else None,
+        settled=_settled(document),
         unknown_users=unknown,
     )
+
+
+def asked_document(settled: Settled | None) -> dict[str, object]:
+    """Write who is answered by the newest change as it stands in the document."""
+    if settled is None:
+        return {}
+    epoch, conn, request_id, answer = settled
+    asked = {"epoch": epoch, "connection": conn, "request_id": request_id, "answer": answer}
+    return {"asked": asked}
+
+
+def _settled(document: Mapping[str, Any]) -> Settled | None:
+    if "asked" not in document:
+        return None
+    asked = _field(document, "asked", dict)
+    request_id = _field(asked, "request_id", int, str, type(None))
+    epoch, conn = _field(asked, "epoch", str), _field(asked, "connection", int)
+    answer = _field(asked, "answer", dict, type(None))
+    if request_id is None:
+        # A line of text, or a reload: no connection that asked so outlives a daemon.
+        return None
+    return Settled(epoch, ConnectionId(conn), request_id, answer)
 
 
 def _field(document: Mapping[str, Any], name: str, *kinds: type) -> Any:  # checked against `kinds`

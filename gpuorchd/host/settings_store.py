@@ -21,6 +21,7 @@ from gpuorchd.host.lock import HeldLock, hold_lock
 from gpuorchd.host.settings_file import (
     FILE_NAME,
     KeptSettings,
+    asked_document,
     boot_id,
     encode_settings,
     load_settings,
@@ -100,6 +101,8 @@ class SettingsStore:
             "revision": kept.revision,
             "safe_mode": kept.safe_mode,
             "cordons": dict(kept.cordons),
+            # Its answer may still be to be given, by this daemon.
+            **asked_document(kept.settled),
         }
         try:
             unsynced = write_atomically(

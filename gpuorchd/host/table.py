@@ -36,15 +36,20 @@ MAGIC: Final = b"gpuorchd table\n\0"
 VERSION: Final = 1
 # magic, version, failures, boot id, epoch
 HEAD: Final = struct.Struct("=16sII36s16s")
+FAILURES_AT: Final = 20
 HEAD_BYTES: Final = 4_096
 BOOT_BYTES: Final = 36
 # Checksum of what follows, generation, bytes of the rows that it was begun with.
 HALF_HEAD: Final = struct.Struct("=IQQ")
+CHECKSUM_BYTES: Final = 4
 RECORD_HEAD: Final = struct.Struct("=II")
 # Mapped for each half; memory is used for what is written alone.
 HALF_BYTES: Final = 64 * 1024 * 1024
-# A half is begun anew when it has grown by its own size, and by this much at least.
+# A half is begun anew when it has grown by its own size, and by this much at least. Part of the
+# format: nothing behind it is read.
 GROWTH_BYTES_MIN: Final = 1024 * 1024
+# Where there is no memory for so much: it is begun anew more often then.
+GROWTH_BYTES_LEAST: Final = 16 * 1024
 # How often a table is tried that the daemon cannot go on from.
 TRIES: Final = 2
 
@@ -75,19 +80,25 @@ class Table:
     """
 
     def __init__(self, path: Path, boot: str, half_bytes: int = HALF_BYTES) -> None:
-        """Open or make the file. Raises StartError where it cannot be had."""
+        """Open or make the file. Raises StartError where it cannot be had.
+
+        Raises `Damaged` for a file that is not as long as a table is.
+        """
         self.path = path
         self._boot = boot.encode()[:BOOT_BYTES].ljust(BOOT_BYTES, b"\0")
         self._half_bytes = half_bytes
         self._fd = _open(path)
+        self._size = HEAD_BYTES + 2 * half_bytes
         try:
-            self._size = HEAD_BYTES + 2 * half_bytes
-            fresh = os.fstat(self._fd).st_size != self._size
-            if fresh:
-                os.ftruncate(self._fd, 0)
-                os.ftruncate(self._fd, self._size)
+            found_bytes = os.fstat(self._fd).st_size
+            if found_bytes not in (0, self._size):
+                raise Damaged(f"it has {found_bytes} bytes, a lease table has {self._size}")
+            os.ftruncate(self._fd, self._size)
             os.posix_fallocate(self._fd, 0, HEAD_BYTES)
             self._map = mmap.mmap(self._fd, self._size)
+        except Damaged:
+            os.close(self._fd)
+            raise
         except OSError as error:
             os.close(self._fd)
             raise StartError(f"cannot use the lease table {path}: {error.strerror}") from None
@@ -123,25 +134,21 @@ class Table:
         is whole.
         """
         magic, version, failures, boot, epoch = HEAD.unpack_from(self._map)
-        if magic == bytes(len(MAGIC)):
-            return None
-        if magic != MAGIC:
+        if magic not in (MAGIC, bytes(len(MAGIC))):
             raise Damaged("it does not begin as a lease table does")
-        if boot != self._boot:
+        halves = [found for half in (0, 1) if (found := self._half_written(half)) is not None]
+        newest = max(halves, key=lambda found: found.generation, default=None)
+        if newest is not None:
+            # What is begun anew has to count for more than what lies here, read or not.
+            self._half, self._generation = newest.half, newest.generation
+        if magic != MAGIC or boot != self._boot:
             return None
         if version != VERSION:
             raise Damaged(f"it is of version {version}, this daemon reads {VERSION}")
         self.failures = failures
-        best: tuple[int, int, int] | None = None
-        for half in (0, 1):
-            found = self._half_head(half)
-            if found is not None and (best is None or found[0] > best[1]):
-                best = (half, *found)
-        if best is None:
+        if newest is None:
             raise Damaged("neither of its halves is whole")
-        half, generation, size = best
-        self._half, self._generation = half, generation
-        return self._read_half(half, generation, size, epoch.decode())
+        return _contents(newest, epoch.decode())
 
     def begin(self, epoch: str, rows: Mapping[Key, object], totals: tuple[int, int, int]) -> None:
         """Write all rows into the half that does not count, then let it count.
@@ -153,14 +160,10 @@ class Table:
         generation = self._generation + 1
         start = HEAD_BYTES + half * self._half_bytes
         size = len(payload)
-        end = min(self._half_bytes, HALF_HEAD.size + 2 * size + GROWTH_BYTES_MIN)
+        end = _end_bytes(size, self._half_bytes)
         if HALF_HEAD.size + size + RECORD_HEAD.size > self._half_bytes:
             raise TableFull(f"{size} bytes of rows, at most {self._half_bytes} fit")
-        try:
-            # Memory that is not there would be a SIGBUS at the first touch.
-            os.posix_fallocate(self._fd, start, end)
-        except OSError as error:
-            raise TableFull(f"no memory for {end} bytes: {error.strerror}") from None
+        end = self._allocated(start, end, HALF_HEAD.size + size)
         at = start + HALF_HEAD.size
         self._map[at : at + size] = payload
         head = struct.pack("=QQ", generation, size)
@@ -207,13 +210,6 @@ class Table:
             self.failures = 0
             self._write_failures()
 
-    def set_aside(self) -> Path:
-        """Move the file out of the way under another name and close it; return that name."""
-        aside = self.path.with_name(f"{self.path.name}.damaged")
-        os.replace(self.path, aside)
-        self.close()
-        return aside
-
     def close(self) -> None:
         """Let go of the file, which stays. Does nothing the second time."""
         if self._fd >= 0:
@@ -222,45 +218,83 @@ class Table:
             self._fd = -1
 
     def _write_failures(self) -> None:
-        magic, version, _, boot, epoch = HEAD.unpack_from(self._map)
-        HEAD.pack_into(self._map, 0, magic, version, self.failures, boot, epoch)
+        # This field alone: packing the whole head into the map would clear it first.
+        self._map[FAILURES_AT : FAILURES_AT + 4] = struct.pack("=I", self.failures)
 
-    def _half_head(self, half: int) -> tuple[int, int] | None:
+    def _allocated(self, start: int, wanted: int, needed: int) -> int:
+        """Have memory for a half, to grow in where there is enough; return for how many bytes.
+
+        Memory that is not there would be a SIGBUS at the first touch.
+        """
+        least = min(wanted, needed + GROWTH_BYTES_LEAST)
+        for end in (wanted, least):
+            try:
+                os.posix_fallocate(self._fd, start, end)
+            except OSError as error:
+                fault = error
+            else:
+                return end
+        raise TableFull(f"no memory for {least} bytes: {fault.strerror}")
+
+    def _half_written(self, half: int) -> _Half | None:
+        """Read a half, without touching memory that may not be there: that would be a SIGBUS."""
         start = HEAD_BYTES + half * self._half_bytes
-        checksum, generation, size = HALF_HEAD.unpack_from(self._map, start)
+        head = os.pread(self._fd, HALF_HEAD.size, start)
+        checksum, generation, size = HALF_HEAD.unpack(head)
         if not generation or size > self._half_bytes - HALF_HEAD.size:
             return None
-        at = start + HALF_HEAD.size
-        head = struct.pack("=QQ", generation, size)
-        if zlib.crc32(head, zlib.crc32(self._map[at : at + size])) != checksum:
+        written = os.pread(self._fd, _end_bytes(size, self._half_bytes), start)
+        sealed = zlib.crc32(memoryview(written)[HALF_HEAD.size :][:size])
+        if zlib.crc32(head[CHECKSUM_BYTES:], sealed) != checksum:
             return None
-        return generation, size
+        return _Half(half, generation, size, written)
 
-    def _read_half(self, half: int, generation: int, size: int, epoch: str) -> Contents:
-        start = HEAD_BYTES + half * self._half_bytes
-        at = start + HALF_HEAD.size
-        end = start + self._half_bytes
-        seed = generation & 0xFFFFFFFF
-        rows: dict[Key, Any] = {}
-        totals = _apply(self._map[at : at + size], rows)
-        at += size
-        while at + RECORD_HEAD.size <= end:
-            length, checksum = RECORD_HEAD.unpack_from(self._map, at)
-            body = at + RECORD_HEAD.size
-            if not length or body + length > end:
-                break
-            payload = self._map[body : body + length]
-            if zlib.crc32(payload, seed) != checksum:
-                break
-            totals = _apply(payload, rows)
-            at = body + length
-        return Contents(epoch, rows, totals)
+
+class _Half(NamedTuple):
+    """A half whose checksum is right, with all that may have been recorded behind its rows."""
+
+    half: int
+    generation: int
+    size: int
+    written: bytes
+
+
+def set_aside(path: Path) -> Path:
+    """Move a table out of the way under another name, over an earlier one; return that name."""
+    aside = path.with_name(f"{path.name}.damaged")
+    os.replace(path, aside)
+    return aside
 
 
 AllRows = Callable[[], tuple[str, Mapping[Key, object]]]
 
 
-def _apply(payload: bytes, rows: dict[Key, Any]) -> tuple[int, int, int]:
+def _end_bytes(size: int, half_bytes: int) -> int:
+    """Say how far records go in a half that was begun with `size` bytes of rows."""
+    return min(half_bytes, HALF_HEAD.size + 2 * size + GROWTH_BYTES_MIN)
+
+
+def _contents(half: _Half, epoch: str) -> Contents:
+    """Go through what a half holds: the rows that it was begun with, and the records since."""
+    written = memoryview(half.written)
+    seed = half.generation & 0xFFFFFFFF
+    rows: dict[Key, Any] = {}
+    at = HALF_HEAD.size + half.size
+    totals = _apply(written[HALF_HEAD.size : at], rows)
+    while at + RECORD_HEAD.size <= len(written):
+        size, checksum = RECORD_HEAD.unpack_from(written, at)
+        body = at + RECORD_HEAD.size
+        if not size or body + size > len(written):
+            break
+        payload = written[body : body + size]
+        if zlib.crc32(payload, seed) != checksum:
+            break
+        totals = _apply(payload, rows)
+        at = body + size
+    return Contents(epoch, rows, totals)
+
+
+def _apply(payload: memoryview, rows: dict[Key, Any]) -> tuple[int, int, int]:
     """Apply one record to the rows; return its totals. The checksum has vouched for it."""
     (leases, waits, expiries), changes = _decode(payload)
     for (kind, name), row in changes:

@@ -196,6 +196,9 @@ DAEMON: Mapping[str, EventKind] = {
         path=TEXT,
         error=TEXT,
     ),
+    "host.table_mended": _kind(
+        Level.INFO, "the lease table is written again: leases outlive the daemon", path=TEXT
+    ),
     "host.table_set_aside": _kind(
         Level.ERROR,
         "the lease table could not be gone on from: set aside, begun anew",

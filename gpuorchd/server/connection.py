@@ -260,7 +260,7 @@ class Connection(Taking, asyncio.BufferedProtocol):
             self._pause()
         if not halted and not starved:
             self._line_up()
-        free = not halted and not self._paused and self.refusal is None
+        free = not halted and not self._paused and self.refusal is None and self.marker is None
         self._direct = free and intake.is_between_frames
 
     def _pause(self) -> None:

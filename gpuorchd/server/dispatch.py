@@ -32,7 +32,7 @@ from gpuorchd.server.requests import BY_OP, AnyRequest, ask_of
 from gpuorchd.server.services import PeerNotTaken
 from gpuorchd.server.speaker import LATE_OP
 from gpuorchd.server.subscriptions import Subscription, wanted_by
-from gpuorchd.server.tokens import digest_of
+from gpuorchd.server.tokens import DIGEST, digest_of
 from libclient.wire import vocabulary as words
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _is_kept(
         if reason is None:
             _carry_out(board, conn, request, then)
         else:
-            conn.kept = False
+            conn.keep_no_more()
             conn.refuse(Fault(words.LIMIT, reason, None, request.id, op))
         conn.go_on()
         board.flush()
@@ -178,6 +178,11 @@ def _reattach(board: Switchboard, conn: Connection, request: asked.Reattach) -> 
 def _take_back(board: Switchboard, conn: Connection, request: asked.Reattach) -> None:
     conn.identify()
     token = Token(request.token)
+    if token.startswith(DIGEST):
+        # What lies on a disk in a token's place may be read by others, and opens nothing.
+        message = "no lease with this token waits for its owner"
+        conn.refuse(Fault(words.UNKNOWN_TOKEN, message, "token", request.id, conn.op))
+        return
     board.engine.submit(ReattachAsked(conn.number, request.id, token, digest_of(token)))
 
 

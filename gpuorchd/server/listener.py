@@ -106,6 +106,8 @@ class Server:
                 sealed=client is not None and client.sealed and client.seal_told,
             )
             self._begin(connection)
+        # Nothing else may happen for long, and until it is greeted a client does not go on.
+        self._board.flush()
 
     def set_options(self, options: Options) -> None:
         """Keep other bounds from now on. What is over a lower one stays; nothing more is let in."""

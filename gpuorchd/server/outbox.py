@@ -68,6 +68,18 @@ class Outbox:
         self.guard: Callable[[bool], None] | None = None
         self._large = False
 
+    def set_guard(self, guard: Callable[[bool], None] | None) -> None:
+        """Have `guard` told from now on; a frame that may be cut and is here already is told now.
+
+        With None the guard before is told that nothing of the kind is out any more.
+        """
+        if self.guard is not None and self._large:
+            self.guard(False)
+        self.guard = guard
+        self._large = guard is not None and any(len(x) > WHOLE_FRAME_BYTES for x in self._chunks)
+        if guard is not None and self._large:
+            guard(True)
+
     @property
     def partial(self) -> bool:
         """Whether the kernel has a part of a frame and not the rest of it."""

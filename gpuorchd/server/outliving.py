@@ -42,7 +42,12 @@ class Outliving(Peered):
         self.kept = True
         keeping = self.board.services.keeping
         assert keeping is not None, "kept by nobody"
-        self.outbox.guard = partial(keeping.mark_half_sent, self.number)
+        self.outbox.set_guard(partial(keeping.mark_half_sent, self.number))
+
+    def keep_no_more(self) -> None:
+        """Be out of the store: it did not take the connection."""
+        self.kept = False
+        self.outbox.set_guard(None)
 
     def greet(self) -> None:
         """Tell the client that another daemon is here, and await its marker."""

@@ -11,11 +11,13 @@ from gpuorchd.core.model import Token
 TOKEN_BYTES: Final = 16
 # One call to the kernel for this many tokens.
 POOL_TOKENS: Final = 256
+# How a digest begins; no token does.
+DIGEST: Final = "sha256:"
 
 
 def digest_of(token: Token) -> Token:
     """Give the name under which a token is kept where the token itself must not be."""
-    return Token("sha256:" + hashlib.sha256(token.encode()).hexdigest())
+    return Token(DIGEST + hashlib.sha256(token.encode()).hexdigest())
 
 
 class TokenPool:

@@ -15,7 +15,8 @@ from gpuorchd.core import events as ev
 from gpuorchd.core.model import NS_PER_S, Ask, DeviceFacts, DeviceUuid, Priority, Token
 from gpuorchd.core.state import Limits, Settings
 from tests.support.cast import Cast
-from tests.support.pace import Pace
+from tests.support.pace import RandomPace
+from tests.support.restarted import restart
 from tests.support.stage import Stage
 from tests.support.world import MS, SECOND, Process, card
 
@@ -32,46 +33,6 @@ SMALL_LIMITS = Limits(
     waiting_per_uid=6,
     waiting_per_connection=3,
 )
-
-
-class RandomPace(Pace):
-    """Everything takes as long as it likes; with `faults` things fail as well."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-        self.faults = True
-        self.listed_last = rng.random() < 0.5
-
-    def _upto(self, usual_ns: int, rare_ns: int) -> int:
-        rare = self.faults and self.rng.random() < 0.03
-        return self.rng.randrange(rare_ns if rare else usual_ns)
-
-    def reading_wait_ns(self) -> int:
-        return self._upto(5 * MS, 400 * MS)
-
-    def reading_takes_ns(self) -> int:
-        return self._upto(5 * MS, 4 * SECOND)
-
-    def reading_fails(self) -> bool:
-        return self.faults and self.rng.random() < 0.02
-
-    def memory_back_ns(self) -> int:
-        return self.rng.randrange(60 * MS, 180 * MS)
-
-    def pidfd_after_ns(self) -> int:
-        return self._upto(2 * MS, 500 * MS)
-
-    def hangup_ns(self) -> int:
-        return self._upto(2 * MS, 400 * MS)
-
-    def persist_ns(self) -> int:
-        return self._upto(10 * MS, 2 * SECOND)
-
-    def persist_fails(self) -> bool:
-        return self.faults and self.rng.random() < 0.05
-
-    def timer_late_ns(self) -> int:
-        return self._upto(2 * MS, 700 * MS) if self.faults else 0
 
 
 class Simulation:
@@ -326,7 +287,7 @@ class Simulation:
     def _restart(self) -> None:
         links = list(self.stage.links.values())
         gone = self.rng.sample(links, min(len(links), self.rng.choice((0, 0, 1, 3))))
-        self.stage.restart(gone)
+        restart(self.stage, gone, emptied=self.rng.random() < 0.4)
 
     def _admin(self) -> None:
         rng = self.rng

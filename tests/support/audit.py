@@ -228,12 +228,13 @@ def counts(
     """Count what the bounds are on: in all, of one user, of one connection."""
     live = [lease for lease in books.leases.values() if lease.live]
     uids = {each: peer.uid for each, peer in books.peers.items()}
-    holding = {lease.conn for lease in live} | {waiter.conn for waiter in waiting}
+    holding = {lease.conn for lease in live if lease.detached_ns is None}
+    holding |= {waiter.conn for waiter in waiting}
     return {
         "holders": len(holding),
         "holders_per_uid": sum(1 for each in holding if uids[each] == uid),
         "leases": len(live),
-        "leases_per_uid": sum(1 for lease in live if uids[lease.conn] == uid),
+        "leases_per_uid": sum(1 for lease in live if lease.uid == uid),
         "leases_per_connection": sum(1 for lease in live if lease.conn == conn),
         "waiting": len(waiting),
         "waiting_per_uid": sum(1 for waiter in waiting if waiter.uid == uid),
@@ -243,7 +244,8 @@ def counts(
 
 def check_bounds(books: Books, waiting: Sequence[Waiting], limits: Limits) -> None:
     """Check that no bound is passed."""
-    conns = {lease.conn for lease in books.leases.values() if lease.live}
+    leases = books.leases.values()
+    conns = {x.conn for x in leases if x.live and x.detached_ns is None}
     conns |= {waiter.conn for waiter in waiting}
     for conn in conns:
         for name, count in counts(books, waiting, conn, books.peers[conn].uid).items():

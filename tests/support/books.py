@@ -197,6 +197,7 @@ class Books:
             },
             record.granted_ns,
             record.expires_ns,
+            peer.uid,
         )
         if peer.alive and peer.process not in self.dead:
             held.processes.add(peer.process)

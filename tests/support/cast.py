@@ -44,7 +44,8 @@ class Cast:
         """List the live leases whose holder runs."""
         running = {process.key for process in self.agents()}
         leases = self.stage.observer.books.leases.values()
-        return [lease for lease in leases if lease.live and lease.holder in running]
+        held = [x for x in leases if x.live and x.detached_ns is None]
+        return [lease for lease in held if lease.holder in running]
 
     def _request(self) -> int:
         self._requests += 1

@@ -48,6 +48,9 @@ class Held:
     shares: dict[DeviceUuid, Share]
     granted_ns: int
     expires_ns: int | None
+    uid: int = 0
+    # Its connection was lost with the daemon: until when its owner may come back.
+    detached_ns: int | None = None
     # Where it was revoked: when it may be over, and when it has to be.
     revoke_ns: tuple[int, int] | None = None
     ended_ns: int | None = None

@@ -13,7 +13,7 @@ from gpuorchd.core import effects as fx
 from gpuorchd.core import events as ev
 from gpuorchd.core.model import Code, ConnectionId, RequestId
 from gpuorchd.core.state import Settings
-from tests.support.audit import Waiting, check_over_bound, require
+from tests.support.audit import Waiting, check_over_bound, counts, require
 from tests.support.books import Books
 from tests.support.entries import Held
 from tests.support.rules import Rules
@@ -94,6 +94,54 @@ class Journal:
         elif isinstance(value, list | tuple | set | frozenset):
             for entry in value:
                 self._no_tokens(entry, owner)
+
+    # Leases whose connections were lost with the daemon.
+
+    def _detach(self, conn: ConnectionId, due_ns: int) -> None:
+        for lease in self.books.leases.values():
+            if lease.conn == conn and lease.live:
+                lease.detached_ns = due_ns
+
+    def _reattached(self, event: ev.ReattachAsked, effect: fx.AnswerGrant) -> None:
+        self._count(event.conn, event.request_id)
+        record, peer = effect.lease, self.books.peers[event.conn]
+        lease = self._live(event.token)
+        require(lease is not None and lease.detached_ns is not None, "only what is detached", event)
+        assert lease is not None
+        require((lease.holder, lease.uid) == (peer.process, peer.uid), "its owner's", event)
+        same = (record.lease_id, record.token, record.expires_ns, record.granted_ns)
+        stood = (lease.lease_id, lease.token, lease.expires_ns, lease.granted_ns)
+        require(same == stood, "the same lease comes back", same, stood)
+        require((record.conn, record.request_id) == event[:2], "to who asked", record.conn)
+        lease.conn, lease.request_id, lease.detached_ns = event.conn, event.request_id, None
+        self._tokens[event.token] = event.conn
+
+    def _not_come_back(self, lease: Held) -> None:
+        assert lease.detached_ns is not None
+        late = lease.detached_ns <= self._now_ns
+        require(late or lease.holder in self.books.dead, "an owner has its time", lease)
+        self._end(lease)
+
+    def _not_reattached(self, event: ev.ReattachAsked, effect: fx.AnswerError) -> None:
+        lease, peer = self._live(event.token), self.books.peers[event.conn]
+        match effect.refusal.code:
+            case Code.UNKNOWN_TOKEN:
+                over = lease is None or (
+                    lease.expires_ns is not None and lease.expires_ns <= self._now_ns
+                )
+                require(over, "a live lease is known", effect)
+            case Code.LIMIT:
+                counted = counts(self.books, self.waiting, event.conn, peer.uid)
+                limits = self._settings.limits
+                reached = counted["holders"] >= limits.holders
+                reached |= counted["holders_per_uid"] >= limits.holders_per_uid
+                require(reached, "only what passes a bound is refused for it", effect)
+            case code:
+                require(code is Code.NOT_OWNER, "an error of the contract", effect)
+                assert lease is not None
+                owner = (lease.holder, lease.uid) == (peer.process, peer.uid)
+                detached = lease.detached_ns is not None
+                require(not (owner and detached), "an owner gets its lease back", lease)
 
     # What settings change, before anything that follows from it.
 
@@ -204,6 +252,9 @@ class Journal:
         self._count(effect.conn, effect.request_id)
         self._changes.pop((effect.conn, effect.request_id), None)
         code = effect.refusal.code
+        if isinstance(event, ev.ReattachAsked):
+            self._not_reattached(event, effect)
+            return
         waiter = self._request_of(effect)
         if code is Code.SHUTTING_DOWN:
             require(self.stopping, "shutting_down only when it stops")

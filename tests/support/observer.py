@@ -62,6 +62,7 @@ class Observer(Journal):
             if lease.ended_ns is None:
                 due += [time for time in (lease.expires_ns,) if time is not None]
                 due += [lease.revoke_ns[1]] if lease.revoke_ns else []
+                due += [lease.detached_ns] if lease.detached_ns is not None else []
                 continue
             for uuid, share in lease.shares.items():
                 drain_ns = self.books.seats[uuid].facts.drain_ns
@@ -98,7 +99,8 @@ class Observer(Journal):
                 self._asked[event.conn, event.request_id] += 1
                 self._changes[event.conn, event.request_id] = event
             case (
-                ev.ReleaseAsked()
+                ev.ReattachAsked()
+                | ev.ReleaseAsked()
                 | ev.RenewAsked()
                 | ev.CancelAsked()
                 | ev.SealAsked()
@@ -126,8 +128,8 @@ class Observer(Journal):
                 ev.SettingsPersisted()
                 | ev.TimePassed()
                 | ev.SealTold()
-                | ev.ReattachAsked()
                 | ev.RequestRepeated()
+                | ev.ClientsGreeted()
             ):
                 pass
             case _:
@@ -166,12 +168,18 @@ class Observer(Journal):
             if lease.live and lease.expires_ns is not None:
                 lease.expires_ns = max(lease.expires_ns, self._now_ns + event.grace_ns)
         for conn in tuple(self.books.peers):
+            if conn in event.lost:
+                self._detach(conn, self._now_ns + event.grace_ns)
             if conn not in event.attached:
                 self._left(conn)
+        for lease in self.books.leases.values():
+            if lease.detached_ns is not None:
+                lease.detached_ns = self._now_ns + event.grace_ns
 
     def _left(self, conn: ConnectionId) -> None:
         for lease in [x for x in self.books.leases.values() if x.conn == conn and x.live]:
-            self._end(lease)
+            if lease.detached_ns is None:
+                self._end(lease)
         self.waiting = [waiter for waiter in self.waiting if waiter.conn != conn]
         for asked in [asked for asked in self._asked if asked[0] == conn]:
             self._void[asked] += self._asked.pop(asked)
@@ -182,6 +190,8 @@ class Observer(Journal):
 
     def _effect(self, event: ev.Event, effect: fx.Effect) -> None:
         match effect:
+            case fx.AnswerGrant() if isinstance(event, ev.ReattachAsked):
+                self._reattached(event, effect)
             case fx.AnswerGrant():
                 self._granted(effect)
             case fx.AnswerDenial():
@@ -286,6 +296,8 @@ class Observer(Journal):
                     due_ns is not None and due_ns <= self._now_ns, "no lease ends early", effect
                 )
                 self._end(lease)
+            case "lease.released" if lease is not None and lease.detached_ns is not None:
+                self._not_come_back(lease)
             case "lease.withheld":
                 self._withheld_once(effect, lease)
             case "lease.drained":
@@ -379,4 +391,6 @@ class Observer(Journal):
             if not lease.live:
                 continue
             require(lease.expires_ns is None or lease.expires_ns > now_ns, "leases expire", lease)
+            due_ns = lease.detached_ns
+            require(due_ns is None or due_ns > now_ns, "a detachment ends", lease)
             require(lease.revoke_ns is None or lease.revoke_ns[1] > now_ns, "grace ends", lease)

@@ -7,13 +7,17 @@ before every answer of their turn. `kept` gives them as another daemon would rea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
+
+import msgspec
 
 from gpuorchd.core import effects as fx
 from gpuorchd.core import rows, snapshot
 from gpuorchd.core.events import Kept
 from gpuorchd.core.state import State
 from tests.support.audit import require
+
+_pack = msgspec.msgpack.Encoder().encode
 
 
 class Table:
@@ -47,16 +51,16 @@ class Table:
 
     def kept(self) -> Kept:
         """Give the rows as they would be read."""
-        found: dict[str, list[Any]] = {}
-        for (kind, _), row in sorted(self.rows.items(), key=lambda item: str(item[0][1])):
-            found.setdefault(kind, []).append(row)
-        for kind in (rows.CLIENT, rows.LEASE, rows.WAITER):
-            found.setdefault(kind, []).sort(key=lambda row: cast("tuple[int]", row)[0])
+
+        def of(kind: str, shape: type[Any]) -> tuple[Any, ...]:
+            packed = [_pack(row) for key, row in self.rows.items() if key[0] == kind]
+            return tuple(sorted(msgspec.msgpack.decode(row, type=shape) for row in packed))
+
         return Kept(
-            tuple(found.get(rows.DEVICE, ())),
-            tuple(found[rows.CLIENT]),
-            tuple(found[rows.LEASE]),
-            tuple(found[rows.WAITER]),
-            tuple(found.get(rows.OUTCOME, ())),
+            of(rows.DEVICE, rows.DeviceRow),
+            of(rows.CLIENT, rows.ClientRow),
+            of(rows.LEASE, rows.LeaseRow),
+            of(rows.WAITER, rows.WaiterRow),
+            of(rows.OUTCOME, rows.OutcomeRow),
             self.totals,
         )

@@ -24,9 +24,11 @@ from gpuorchd.core.model import (
     Priority,
     Reading,
     Refusal,
+    Token,
 )
 from gpuorchd.core.state import Limits, Settings
 from tests.support.cast import ADMIN, Cast
+from tests.support.restarted import go_on
 from tests.support.scenario_text import Names, Options, Outcome, Step, ns, parse, show
 from tests.support.stage import Link, Stage
 from tests.support.world import Process
@@ -271,6 +273,25 @@ class Script:
         """`persisted [failed]`: the disk has the settings, or not."""
         self.stage.submit(ev.SettingsPersisted("no space" if words else None))
 
+    def restart(self, words: list[str], options: Options) -> None:
+        """`restart [emptied] [gone=CONNECTION,...]`: the daemon is killed, another goes on.
+
+        `gone` have ended meanwhile. `emptied`: no connection was kept.
+        """
+        for name in options.get("gone", "").split(","):
+            if name:
+                self.links[name].open = False
+                del self.stage.links[self.links[name].conn]
+        go_on(self.stage, emptied="emptied" in words)
+
+    def reattach(self, words: list[str], options: Options) -> None:
+        """`reattach CONNECTION REQUEST`: ask for the lease that the request was granted."""
+        link = self.links[words[0]]
+        held = self.stage.observer.books.leases[self.lease_id(words[1])]
+        self.stage.arrive(link)
+        event = ev.ReattachAsked(link.conn, words[1], held.token, Token("no digest"))
+        self.stage.submit(event)
+
     def stop(self, words: list[str], options: Options) -> None:
         """`stop`: the daemon is told to stop."""
         self.stage.submit(ev.StopAsked())
@@ -293,8 +314,10 @@ COMMANDS: dict[str, Callable[[Script, list[str], Options], None]] = {
     "policy": Script.policy,
     "process": Script.process,
     "read": Script.read,
+    "reattach": Script.reattach,
     "release": Script.release,
     "renew": Script.renew,
+    "restart": Script.restart,
     "revoke": Script.revoke,
     "seal": Script.seal,
     "settings": Script.configure,

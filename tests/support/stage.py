@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from gpuorchd.core import effects as fx
 from gpuorchd.core import events as ev
@@ -32,10 +32,9 @@ from gpuorchd.core.state import Settings
 from tests.support.observer import Observer
 from tests.support.pace import Pace
 from tests.support.recorded import Table
-from tests.support.world import SECOND, Process, World
+from tests.support.world import Process, World
 
 TRACE_EVENTS = 30
-RESTART_GRACE_NS = 3 * SECOND
 
 
 class Link:
@@ -256,38 +255,6 @@ class Stage:
             self.submit(event)
         if self._reading_wanted:
             self.want_reading()
-
-    # The daemon's own end.
-
-    def restart(self, vanishing: Sequence[Link] = ()) -> None:
-        """Let the daemon die, and another go on from what it recorded.
-
-        `vanishing` end meanwhile: nobody is there to hear of it.
-        """
-        for link in vanishing:
-            link.open = False
-            del self.links[link.conn]
-        old = self.machine.state
-        self._life += 1
-        self._timer = None
-        self.persisting = self._reading = self._reading_wanted = self._periodic_on = False
-        self.watched = set()
-        self.driver_open = not old.safe_mode
-        self.machine = Machine(
-            self.settings,
-            policy=old.policy,
-            revision=old.revision,
-            safe_mode=old.safe_mode,
-            cordons=old.cordons,
-        )
-        attached = frozenset(conn for conn, link in self.links.items() if link.arrived)
-        kept = self.table.kept()
-        self.submit(ev.Restored(kept, attached, frozenset(), RESTART_GRACE_NS))
-        for waiter in tuple(self.observer.waiting):
-            if waiter.request_id is not None:
-                self.submit(ev.RequestRepeated(waiter.conn, waiter.request_id))
-        if self.driver_open:
-            self._later_here(self.pace.probe_ns(), self._probed)
 
     # Processes and their connections.
 

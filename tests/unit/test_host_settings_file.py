@@ -13,6 +13,7 @@ from gpuorchd.core.model import Peer, ProcessKey
 from gpuorchd.core.policy import Policy
 from gpuorchd.host.settings_file import (
     KeptSettings,
+    asked_document,
     encode_settings,
     load_settings,
     write_atomically,
@@ -47,6 +48,9 @@ def keep(
         path,
         encode_settings(document, safe_mode_run_time=run_time, safe_mode_env=env, boot=boot),
     )
+
+
+ASKED = {"epoch": "e", "connection": 7, "request_id": "p", "answer": None}
 
 
 def change(path: Path, **fields: object) -> None:
@@ -335,3 +339,27 @@ def test_a_user_name_that_is_none_matches_nobody_and_half_a_pair_sets_the_file_a
     assert not kept.policy.rule("a").admits(Peer(ProcessKey(1, 1), 0))
     change(path, cordons={"GPU-1": "\ud800"})
     assert load_settings(path, None, BOOT).set_aside is not None
+
+
+def test_who_is_answered_by_the_newest_change_comes_back(path: Path) -> None:
+    keep(path)
+    assert load_settings(path, None, BOOT).settled is None
+    for asked in (ASKED, {**ASKED, "request_id": 3, "answer": {"gpu": "GPU-1", "cordoned": True}}):
+        change(path, asked=asked)
+        settled = load_settings(path, None, BOOT).settled
+        assert settled is not None
+        assert asked_document(settled) == {"asked": asked}
+    assert asked_document(None) == {}
+
+
+def test_who_asked_without_an_id_is_answered_by_nobody_later(path: Path) -> None:
+    keep(path)
+    change(path, asked={**ASKED, "request_id": None})
+    assert load_settings(path, None, BOOT).settled is None
+
+
+@pytest.mark.parametrize("field", ["epoch", "connection", "request_id", "answer"])
+def test_one_who_asked_that_cannot_be_is_damage(path: Path, field: str) -> None:
+    keep(path)
+    change(path, asked={**ASKED, field: 0.5})
+    assert f"no usable {field}" in str(load_settings(path, None, BOOT).damage)

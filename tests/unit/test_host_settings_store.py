@@ -255,3 +255,18 @@ async def test_closing_ends_the_worker(tmp_path: Path) -> None:
     store.persist(effect(2), told.events.append)
     await store.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("settings")]
+
+
+async def test_a_start_forgets_nobody_who_may_still_have_to_be_answered(tmp_path: Path) -> None:
+    told = Told()
+    asked = {"epoch": "e", "connection": 7, "request_id": 3, "answer": None}
+    store = open_store(tmp_path, told)
+    store.persist(PersistSettings({**effect(2).document, "asked": asked}), told.events.append)
+    await store.close()
+    for _ in range(2):
+        store = SettingsStore(tmp_path, None, told.report)
+        settled = store.open().settled
+        assert settled is not None
+        assert (settled.conn, settled.request_id) == (7, 3)
+        await store.close()
+    assert not told.reports

@@ -117,3 +117,43 @@ def test_a_peer_that_is_gone_does_not_raise(pair: tuple[socket.socket, socket.so
     outbox.put(b"late")
     outbox.flush()
     assert outbox.broken
+
+
+def test_a_guard_is_told_before_what_may_be_cut_leaves_and_when_all_of_it_has(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    outbox = Outbox(ours.fileno(), Unsent())
+    told: list[tuple[bool, bytes]] = []
+    outbox.set_guard(lambda on: told.append((on, read_some(theirs))))
+    outbox.put(b"small" * 10)
+    assert outbox.flush()
+    assert told == []
+    assert len(read_some(theirs)) == 50
+    outbox.put(b"x" * (WHOLE_FRAME_BYTES + 1))
+    outbox.put(b"y" * (WHOLE_FRAME_BYTES + 1))
+    # Once for both, and nothing of them is out yet.
+    assert told == [(True, b"")]
+    while not outbox.flush():
+        assert len(told) == 1
+        read_some(theirs)
+    assert [on for on, _ in told] == [True, False]
+
+
+def test_a_guard_that_comes_later_hears_of_what_is_there(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    outbox = Outbox(ours.fileno(), Unsent())
+    told: list[bool] = []
+    outbox.put(b"x" * 1_000_000)
+    assert not outbox.flush()
+    assert outbox.partial
+    outbox.set_guard(told.append)
+    assert told == [True]
+    # Whoever guards no more is told that it is over for it.
+    outbox.set_guard(None)
+    assert told == [True, False]
+    while not outbox.flush():
+        read_some(theirs)
+    assert told == [True, False]
