@@ -23,9 +23,8 @@ from libclient.drive_async import drive
 from libclient.errors import ForkedClient, NotGranted, RequestError, Unavailable
 from libclient.framework import empty_cache
 from libclient.link_async import AsyncLink
-from libclient.operations import ANSWER_S
 from libclient.policy_cache import cache_for, no_gpu_info
-from libclient.tickets import Subscription
+from libclient.tickets import ANSWER_S, Subscription
 from libclient.where import socket_path
 
 # As good as no limit.

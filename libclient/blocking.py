@@ -18,9 +18,8 @@ from libclient.decision import Decision, Event, EventHandler
 from libclient.errors import NotGranted, RequestError, Unavailable
 from libclient.exchange import Exchange
 from libclient.framework import empty_cache
-from libclient.operations import ANSWER_S
 from libclient.policy_cache import cache_for, no_gpu_info
-from libclient.tickets import Subscription
+from libclient.tickets import ANSWER_S, Subscription
 from libclient.where import SocketPath, socket_path
 
 # As good as no limit, and small enough for poll, which counts milliseconds in 32 bits.

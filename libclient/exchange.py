@@ -25,8 +25,8 @@ from libclient.carrier import Carrier
 from libclient.decision import Decision
 from libclient.drive_sync import NOW, READ_BYTES
 from libclient.keeper import KEEPER
-from libclient.operations import ANSWER_S, Operation
-from libclient.tickets import Ticket
+from libclient.operations import Operation
+from libclient.tickets import ANSWER_S, Ticket
 from libclient.turns import interrupted, opener
 
 T = TypeVar("T")

@@ -21,10 +21,6 @@ from libclient.wire.vocabulary import BAD_REQUEST, FORBIDDEN
 T = TypeVar("T")
 Operation = Generator[Ticket, None, T]
 
-# All of one operation: connecting, sending, waiting for the answer. A wait that was asked for
-# comes on top of it.
-ANSWER_S = 2.0
-
 
 def _answer(session: Session, ticket: Ticket) -> Operation[dict[str, Any]]:
     """Wait for an answer and return it; undo the request if nobody is there to have it."""

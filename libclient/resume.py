@@ -21,7 +21,7 @@ from libclient.codec import decode
 from libclient.decision import Decision, Event
 from libclient.errors import CLOSED, NO_DAEMON, Unavailable
 from libclient.messages import Malformed, missed_before, text_of
-from libclient.tickets import Subscription, Ticket
+from libclient.tickets import ANSWER_S, Subscription, Ticket
 from libclient.wire.framing import HEADER, HEADER_BYTES
 from libclient.wire.vocabulary import INTERNAL, LIMIT, SHUTTING_DOWN
 
@@ -37,8 +37,6 @@ DAEMON_RESUMED = "daemon.resumed"
 # No frame can begin like this: it would announce 4 GiB.
 MARKER = b"\xff\xff\xff\xff"
 NONCE_BYTES = 16
-# Of a waiting lease's time limit, what is not for the wait.
-ANSWER_S = 2.0
 # How soon a lease is tried again that the daemon could not reattach for the moment.
 REATTACH_AGAIN_S = 1.0
 

@@ -14,6 +14,9 @@ from libclient.errors import CLOSED, RequestError, Unavailable
 from libclient.messages import Malformed
 from libclient.wire.vocabulary import EVENTS_LOST
 
+# All of one operation: connecting, sending, waiting for the answer. A wait that was asked for comes
+# on top of it.
+ANSWER_S = 2.0
 # Events of one subscription that nobody has taken yet: about a megabyte. More are counted and
 # dropped, and the taker is told how many.
 BACKLOG_EVENTS = 4_096
