@@ -103,6 +103,19 @@ class Subscription:
             waiting.failure = fault
             waiting.finish()
 
+    def take(self) -> Event | None:
+        """Return the next event, None where there is none. What was dropped is told in its place.
+
+        Also where nothing has come since: the taker has not seen what it thinks it has.
+        """
+        if self.events:
+            return self.events.popleft()
+        if not self.dropped:
+            return None
+        lost: Event = {"event": EVENTS_LOST, "count": self.dropped}
+        self.dropped = 0
+        return lost
+
     def put(self, event: Event) -> None:
         """Take an event in. When full, drop it and count it."""
         if len(self.events) >= BACKLOG_EVENTS:
