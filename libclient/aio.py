@@ -11,10 +11,11 @@ meanwhile. A client belongs to the loop it was made on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+import warnings
+from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar, Unpack
+from typing import Any, Unpack
 
 from libclient import operations
 from libclient.asking import LeaseOptions, lease_fields
@@ -22,64 +23,29 @@ from libclient.decision import Decision, Event, EventHandler
 from libclient.drive_async import drive
 from libclient.errors import ForkedClient, NotGranted, RequestError, Unavailable
 from libclient.framework import empty_cache
+from libclient.held import Held
 from libclient.link_async import AsyncLink
-from libclient.operations import ANSWER_S
+from libclient.opening import Opening
 from libclient.policy_cache import cache_for, no_gpu_info
-from libclient.tickets import Subscription
+from libclient.tickets import ANSWER_S, Subscription
 from libclient.where import socket_path
 
 # As good as no limit.
 FOREVER_S = 2_000_000.0
 
 
-class _Closable(Protocol):
-    """What `async with` can leave."""
-
-    async def aclose(self) -> None:
-        """End it."""
-
-
-C = TypeVar("C", bound=_Closable)
-
-
-class Opening(Generic[C]):
-    """Something that is being opened: await it, or enter it with `async with`."""
-
-    def __init__(self, opened: Callable[[], Awaitable[C]]) -> None:
-        self._open = opened
-        self._value: C | None = None
-
-    def __await__(self) -> Generator[Any, None, C]:
-        """Open it."""
-        return self._open().__await__()
-
-    async def __aenter__(self) -> C:
-        """Open it for the length of the block."""
-        self._value = await self._open()
-        return self._value
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End it."""
-        if self._value is not None:
-            await self._value.aclose()
-
-
-class AsyncLease(Decision):
-    """A lease, or the reason why there is none; see `Decision` for the fields.
+class AsyncLease(Held):
+    """A lease, or the reason why there is none; see `Held` for the fields.
 
     It lives until `release`, the end of its connection or of the process, or until the daemon ends
-    it.
+    it. One that has a connection of its own ends with the last reference to this object; one of a
+    client's with the last to the client.
     """
 
-    def __init__(
-        self, client: AsyncClient | None, on_event: EventHandler | None, owned: bool
-    ) -> None:
-        super().__init__(on_event)
+    __slots__ = ("_client", "_owned")
+
+    def __init__(self, client: AsyncClient | None, decision: Decision, owned: bool) -> None:
+        super().__init__(decision)
         self._client = client
         self._owned = owned
 
@@ -94,9 +60,7 @@ class AsyncLease(Decision):
         if client.link.forked:
             raise ForkedClient
         try:
-            if self.live:
-                empty_cache()
-                await drive(client.link, operations.release(client.link.session, self), ANSWER_S)
+            await client.give_back(self._decision)
         finally:
             if self._owned:
                 client.close()
@@ -123,13 +87,26 @@ class AsyncLease(Decision):
 class AsyncClient:
     """One connection to the daemon, for any number of tasks of one loop.
 
-    Its leases end with its `close`. When the daemon goes away, it is found again and they go on;
+    Its leases end with its `close`, or with the last reference to it and to its leases, whichever
+    of them were kept. When the daemon goes away, it is found again and they go on;
     the next call connects anew in any case. Made by `connect`.
     """
 
     def __init__(self, path: str, link: AsyncLink) -> None:
         self.path = path
         self.link = link
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+        """Close what nobody can use any more, in the loop's own time."""
+        link = self.link
+        if link.closed:
+            return
+        warn(f"unclosed {self!r} of {self.path}", ResourceWarning, source=self)
+        if link.loop.is_closed():
+            link.sock.close()
+        else:
+            # Whichever thread this is: the collector runs in any.
+            link.loop.call_soon_threadsafe(link.close)
 
     @property
     def closed(self) -> bool:
@@ -176,10 +153,9 @@ class AsyncClient:
         fields = lease_fields(agent, memory, wait_s, **options)
         session = self.link.session
 
-        def ask() -> Awaitable[AsyncLease]:
-            held = AsyncLease(self, on_event, False)
-            operation = operations.lease(session, held, fields, required)
-            return drive(self.link, operation, ANSWER_S + wait_s)
+        async def ask() -> AsyncLease:
+            operation = operations.lease(session, Decision(on_event), fields, required)
+            return AsyncLease(self, await drive(self.link, operation, ANSWER_S + wait_s), False)
 
         return Opening(ask)
 
@@ -202,11 +178,18 @@ class AsyncClient:
         """
         if isinstance(lease, str):
             held = self.link.session.by_token(lease)
-            if not isinstance(held, AsyncLease):
+            if held is None:
                 await self.call("release", token=lease)
-                return
-            lease = held
+            else:
+                await self.give_back(held)
+            return
         await lease.release()
+
+    async def give_back(self, decision: Decision) -> None:
+        """Release what a lease of this connection holds; see `AsyncLease.release`."""
+        if decision.live:
+            empty_cache()
+            await drive(self.link, operations.release(self.link.session, decision), ANSWER_S)
 
     async def gpu_info(self) -> dict[str, Any]:
         """Return the GPUs as the daemon sees them; falls back as the blocking client does."""
@@ -257,6 +240,8 @@ class AsyncEventStream(AsyncIterator[Event]):
     """The events of one subscription, as maps; see the blocking `EventStream`."""
 
     def __init__(self, client: AsyncClient, topics: Sequence[str] | None) -> None:
+        # The client, too: its connection ends with the last who knows it.
+        self._client = client
         self._link = client.link
         self._topics = topics
         self._subscription: Subscription | None = None
@@ -334,20 +319,19 @@ def lease(
         except Unavailable as fault:
             if required:
                 raise NotGranted(fault.reason, fault.detail) from None
-            decision = AsyncLease(None, on_event, True)
+            decision = Decision(on_event)
             decision.refuse(fault.reason, fault.detail)
-            return decision
-        held = AsyncLease(client, on_event, True)
+            return AsyncLease(None, decision, True)
         try:
-            operation = operations.lease(client.link.session, held, asked, required)
-            await drive(client.link, operation, end_s - monotonic())
+            operation = operations.lease(client.link.session, Decision(on_event), asked, required)
+            decision = await drive(client.link, operation, end_s - monotonic())
         except BaseException:
             # Whatever was granted meanwhile ends with the connection.
             client.close()
             raise
-        if not held.live:
+        if not decision.live:
             client.close()
-        return held
+        return AsyncLease(client, decision, True)
 
     return Opening(ask)
 

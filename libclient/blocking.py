@@ -18,25 +18,28 @@ from libclient.decision import Decision, Event, EventHandler
 from libclient.errors import NotGranted, RequestError, Unavailable
 from libclient.exchange import Exchange
 from libclient.framework import empty_cache
-from libclient.operations import ANSWER_S
+from libclient.held import Held
 from libclient.policy_cache import cache_for, no_gpu_info
-from libclient.tickets import Subscription
+from libclient.tickets import ANSWER_S, Subscription
 from libclient.where import SocketPath, socket_path
 
 # As good as no limit, and small enough for poll, which counts milliseconds in 32 bits.
 FOREVER_S = 2_000_000.0
 
 
-class Lease(Decision):
-    """A lease, or the reason why there is none; see `Decision` for the fields.
+class Lease(Held):
+    """A lease, or the reason why there is none; see `Held` for the fields.
 
     A context manager: leaving it releases. It lives until `release`, the end of its connection
-    or of the process, or until the daemon ends it; keep this object while it is wanted.
+    or of the process, or until the daemon ends it. One that has a connection of its own ends with
+    the last reference to this object; one of a client's with the last to the client.
     """
 
-    def __init__(self, client: Client | None, on_event: EventHandler | None, owned: bool) -> None:
+    __slots__ = ("_client", "_owned")
+
+    def __init__(self, client: Client | None, decision: Decision, owned: bool) -> None:
         # Not through `super`: this is on the path of every lease.
-        self.on_event = on_event
+        self._decision = decision
         self._client = client
         self._owned = owned
 
@@ -49,11 +52,7 @@ class Lease(Decision):
         if client is None:
             return
         try:
-            if self.granted and self.ended is None:
-                if "torch" in modules:
-                    empty_cache()
-                exchange = client.exchange
-                exchange.run(operations.release(exchange.session, self), monotonic() + ANSWER_S)
+            client.give_back(self._decision)
         finally:
             if self._owned:
                 client.close()
@@ -76,7 +75,8 @@ class Lease(Decision):
 class Client:
     """One connection to the daemon, for any number of threads.
 
-    Its leases end with its `close`. When the daemon goes away, it is found again and they go on;
+    Its leases end with its `close`, or with the last reference to it and to its leases, whichever
+    of them were kept. When the daemon goes away, it is found again and they go on;
     the next call connects anew in any case. Made by `connect`; a context manager.
     """
 
@@ -138,10 +138,9 @@ class Client:
         """
         fields = lease_fields(agent, memory, wait_s, **options)
         exchange = self.exchange
-        operation = operations.lease(
-            exchange.session, Lease(self, on_event, False), fields, required
-        )
-        return exchange.run(operation, monotonic() + ANSWER_S + wait_s)
+        operation = operations.lease(exchange.session, Decision(on_event), fields, required)
+        decision = exchange.run(operation, monotonic() + ANSWER_S + wait_s)
+        return Lease(self, decision, False)
 
     def explain(
         self,
@@ -162,11 +161,20 @@ class Client:
         """
         if isinstance(lease, str):
             held = self.exchange.by_token(lease)
-            if not isinstance(held, Lease):
+            if held is None:
                 self.call("release", token=lease)
-                return
-            lease = held
+            else:
+                self.give_back(held)
+            return
         lease.release()
+
+    def give_back(self, decision: Decision) -> None:
+        """Release what a lease of this connection holds; see `Lease.release`."""
+        if decision.granted and decision.ended is None:
+            if "torch" in modules:
+                empty_cache()
+            exchange = self.exchange
+            exchange.run(operations.release(exchange.session, decision), monotonic() + ANSWER_S)
 
     def gpu_info(self) -> dict[str, Any]:
         """Return the GPUs as the daemon sees them.
@@ -289,20 +297,19 @@ def lease(
     except Unavailable as fault:
         if required:
             raise NotGranted(fault.reason, fault.detail) from None
-        decision = Lease(None, on_event, True)
+        decision = Decision(on_event)
         decision.refuse(fault.reason, fault.detail)
-        return decision
-    held = Lease(client, on_event, True)
+        return Lease(None, decision, True)
     try:
-        operation = operations.lease(client.exchange.session, held, asked, required)
-        client.exchange.run(operation, start_s + ANSWER_S + wait_s)
+        operation = operations.lease(client.exchange.session, Decision(on_event), asked, required)
+        decision = client.exchange.run(operation, start_s + ANSWER_S + wait_s)
     except BaseException:
         # Whatever was granted meanwhile ends with the connection.
         client.close()
         raise
-    if not held.live:
+    if not decision.live:
         client.close()
-    return held
+    return Lease(client, decision, True)
 
 
 def gpu_info(socket: SocketPath | None = None) -> dict[str, Any]:

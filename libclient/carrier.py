@@ -13,11 +13,14 @@ from time import monotonic
 from libclient import resume
 from libclient.absent_link import AbsentLink
 from libclient.drive_sync import Link
-from libclient.errors import TIMEOUT, Unavailable
+from libclient.errors import NO_DAEMON, TIMEOUT, Unavailable
 from libclient.keeper import KEEPER, Kept
 from libclient.session import Session
 from libclient.tickets import Ticket
 from libclient.turns import ParentsLock, nothing
+
+# What the keeper raises when the process is short of descriptors or threads, or was interrupted.
+UNKEPT = (OSError, RuntimeError, Unavailable)
 
 
 class Carrier(Kept):
@@ -107,8 +110,32 @@ class Carrier(Kept):
 
     def _adopt(self) -> None:
         """Have the keeper know this connection. Called with the lock."""
-        self._adopted = True
         self._arm, self._disarm = KEEPER.adopt(self, self.fileno())
+        self._adopted = True
+
+    def _await_room(self) -> None:
+        """Have the keeper send what the socket does not take now. Called with the lock."""
+        if self._broken or self.session.away is not None:
+            # Whoever reads finds the end; or whoever connects sends it.
+            return
+        if not self._adopted:
+            self._adopt()
+        KEEPER.await_room(self.fileno(), reading=self._watched)
+
+    def _on_unkept(self, fault: BaseException) -> None:
+        """End it all, as nobody would hear of its leases. Called with the lock.
+
+        Raises Unavailable, unless the connection only holds.
+        """
+        session = self.session
+        if session.sealed:
+            return
+        reason = fault.reason if isinstance(fault, Unavailable) else NO_DAEMON
+        session.end(f"nothing can watch the connection: {fault}", reason)
+        # They have nobody to call them.
+        session.notices = []
+        self._let_go()
+        raise Unavailable(f"nothing can watch the connection: {fault}", reason)
 
     def _too_late(self) -> Unavailable:
         """Return what a caller is told whose time is over."""

@@ -1,13 +1,14 @@
 """The answer to "GPU or CPU, and why": what a caller holds after it asked for a lease.
 
 Owns the fields of `Lease` and `AsyncLease` alike and how a grant, a refusal and later events change
-them. Has no connection: releasing is the business of the classes built on it. Fails closed: a
-decision is for the CPU until a whole, well-formed grant has come.
+them. Has no connection: releasing is the business of those who hold it. Fails closed: a decision is
+for the CPU until a whole, well-formed grant has come.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +19,8 @@ EventHandler = Callable[[Event], None]
 
 CUDA_DEVICE = "cuda:0"
 CPU_DEVICE = "cpu"
+# However short a TTL a daemon names, renewing it is not all that a process does.
+RENEW_LEAST_S = 0.05
 # An agent that is told to use the CPU sets this, so that no framework starts CUDA by itself.
 _HIDE_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -50,7 +53,8 @@ class Decision:
     # When to renew, on the driver's monotonic clock, and for how long that is good.
     renew_at: float | None = None
     ttl_s = 0.0
-    renewing = False
+    # Renewals that were asked for and have no answer.
+    renewals = 0
     _reply: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, on_event: EventHandler | None = None) -> None:
@@ -140,7 +144,7 @@ class Decision:
 
     def reattached(self, reply: dict[str, Any], now_s: float) -> str:
         """Take the daemon's answer to `reattach`; return the lease's id. Raises `Malformed`."""
-        self.renewing = False
+        self.renewals = 0
         self.expires_at = self.renew_at = None
         lease_id = self.settle(reply, now_s)
         if lease_id is None:
@@ -148,36 +152,50 @@ class Decision:
         self.detached = False
         return lease_id
 
+    @property
+    def renew_after_s(self) -> float:
+        """How long a renewal is good before the next."""
+        return max(self.ttl_s / 3, RENEW_LEAST_S)
+
     def _set_ttl(self, reply: dict[str, Any], now_s: float) -> None:
         expires_at, timestamp = reply["expires_at"], reply.get("timestamp")
         if not isinstance(expires_at, float | int) or not isinstance(timestamp, float | int):
             raise Malformed("a grant's expires_at or timestamp is not a time")
         self.expires_at = float(expires_at)
+        if not (isfinite(expires_at) and isfinite(timestamp)):
+            raise Malformed("a grant's expires_at or timestamp is not a time")
         self.ttl_s = max(0.0, expires_at - timestamp)
-        self.renew_at = now_s + self.ttl_s / 3
+        self.renew_at = now_s + self.renew_after_s
 
     def refuse(self, reason: str, detail: str) -> None:
-        """Go on with the CPU."""
+        """Go on with the CPU, also where there was a grant that could not be kept."""
+        if self.granted:
+            self.granted = False
+            self.lease_id = self.token = self.expires_at = self.renew_at = self.ended = None
+            self._reply = MappingProxyType({})
         self.reason = reason
         self.detail = detail
 
     def renewed(self, expires_at: object, now_s: float) -> None:
         """Take the answer to a renewal: unix seconds, or None for no limit any more."""
-        self.renewing = False
+        self.renewals = 0
         if type(expires_at) is float or type(expires_at) is int:
             self.expires_at = float(expires_at)
-            self.renew_at = now_s + self.ttl_s / 3
+            self.renew_at = now_s + self.renew_after_s
         else:
             self.expires_at = self.renew_at = None
 
     def not_renewed(self, now_s: float) -> None:
         """Try again soon: the daemon could not renew it, and did not say that it is over."""
-        self.renewing = False
-        self.renew_at = now_s + self.ttl_s / 10
+        self.renewals = 0
+        self.renew_at = now_s + max(self.ttl_s / 10, RENEW_LEAST_S)
 
     def __repr__(self) -> str:
         """Say all but the token: it is a secret, and this ends up in logs."""
-        kind = type(self).__name__
+        return self.told_as(type(self).__name__)
+
+    def told_as(self, kind: str) -> str:
+        """Return what `repr` says of it, as being of some kind."""
         if not self.granted:
             return f"<{kind} device={self.device!r} reason={self.reason!r}>"
         state = self.ended or (

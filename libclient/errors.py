@@ -7,6 +7,10 @@ this library in the caller's own process. None of them carries a lease's token.
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 # Why no daemon answered. `Lease.reason` uses the same words beside the notes of the wire.
 NO_DAEMON = "NO_DAEMON"
 TIMEOUT = "TIMEOUT"
@@ -91,3 +95,16 @@ class CudaAlreadyStarted(GpuOrchError):
 
 class RequestRefused(UserWarning):
     """The daemon called a lease request wrong or forbidden; the caller goes on with the CPU."""
+
+
+def warn_refused(message: str) -> None:
+    """Warn `RequestRefused` in the name of whoever called this library.
+
+    Counts frames, because there are more of them under asyncio.
+    """
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("libclient."):
+        level += 1
+        frame = frame.f_back
+    warnings.warn(message, RequestRefused, stacklevel=level)

@@ -21,16 +21,20 @@ from threading import Lock
 from time import monotonic
 from typing import TypeVar
 
-from libclient.carrier import Carrier
+from libclient.carrier import UNKEPT, Carrier
 from libclient.decision import Decision
 from libclient.drive_sync import NOW, READ_BYTES
+from libclient.errors import Unavailable
 from libclient.keeper import KEEPER
-from libclient.operations import ANSWER_S, Operation
-from libclient.tickets import Ticket
-from libclient.turns import interrupted, opener
+from libclient.operations import Operation
+from libclient.tickets import ANSWER_S, Ticket
+from libclient.turns import interrupted, opener, take
 
 T = TypeVar("T")
 
+# How long the keeper waits for the lock. Nobody has it that long but a thread that a signal handler
+# has interrupted, and other leases are to be renewed meanwhile.
+_TURN_S = 0.1
 # Every exchange of this process, so that a forked child can close its copies.
 _OPEN: weakref.WeakSet[Exchange] = weakref.WeakSet()
 
@@ -46,8 +50,13 @@ class Exchange(Carrier):
 
     def by_token(self, token: str) -> Decision | None:
         """Return the lease of this connection that has this token."""
-        with self._lock:
+        taken: list[bool] = []
+        try:
+            take(self._lock, taken)
             return self.session.by_token(token)
+        finally:
+            if taken and taken[0]:
+                self._lock.release()
 
     def run(self, operation: Operation[T], deadline_s: float) -> T:
         """Carry an operation out in this thread, until it is done or out of time.
@@ -86,12 +95,16 @@ class Exchange(Carrier):
                         continue
                     except OSError:
                         data = b""
+                    now_s = monotonic()
                     with lock:
-                        if session.feed(data, monotonic()):
+                        if session.feed(data, now_s):
                             self._follow_up()
                         done = ticket.done
                         if done:
                             self._pass_on()
+                    if not done and now_s >= deadline_s:
+                        # What comes for others, or in crumbs, buys no time.
+                        raise self._too_late()
                 else:
                     self._follow(ticket, deadline_s)
                     done = ticket.done
@@ -111,14 +124,19 @@ class Exchange(Carrier):
             self._let_go()
         if session.outgoing:
             self._flush()
-        if session.renew_at is not None:
-            # Here, and not only when all have left: a thread may stay for as long as it waits.
-            if not self._adopted:
-                self._adopt()
-            KEEPER.expect(session.renew_at)
-        if session.notices:
-            KEEPER.call(session.notices)
-            session.notices = []
+        try:
+            if session.outgoing:
+                self._await_room()
+            if session.renew_at is not None:
+                # Here, and not only when all have left: a thread may stay for as long as it waits.
+                if not self._adopted:
+                    self._adopt()
+                KEEPER.expect(session.renew_at)
+            if session.notices:
+                KEEPER.call(session.notices)
+                session.notices = []
+        except UNKEPT as fault:
+            self._on_unkept(fault)
 
     def _pass_on(self) -> None:
         """Give the lead away: to one that waits, else to the keeper. Called with the lock."""
@@ -131,22 +149,29 @@ class Exchange(Carrier):
         self._leader = None
         self.close_stale()
         session = self.session
-        if session.away is not None:
-            if session.leases:
-                KEEPER.await_return(self, session.away.due_s)
-        elif session.ended is not None and not session.sealed:
-            return
-        elif session.leases or session.late or session.subscriptions or session.outgoing:
-            if not self._adopted:
-                self._adopt()
-            self._watched = True
-            self._arm()
+        try:
+            if session.away is not None:
+                if session.leases:
+                    KEEPER.await_return(self, session.away.due_s)
+            elif session.ended is not None and not session.sealed:
+                return
+            elif session.leases or session.late or session.subscriptions or session.outgoing:
+                if not self._adopted:
+                    self._adopt()
+                self._watched = True
+                self._arm()
+                if session.outgoing:
+                    self._await_room()
+        except UNKEPT as fault:
+            self._on_unkept(fault)
 
     def _follow(self, ticket: Ticket, deadline_s: float) -> None:
         """Wait until the answer is here, or the lead."""
         gate = Lock()
         gate.acquire()
-        with self._lock:
+        taken: list[bool] = []
+        try:
+            take(self._lock, taken)
             if ticket.done:
                 return
             if self._leader is None:
@@ -154,35 +179,63 @@ class Exchange(Carrier):
                 return
             ticket.wake = opener(gate)
             self._followers.append(ticket)
+        finally:
+            if taken and taken[0]:
+                self._lock.release()
         in_time = gate.acquire(timeout=max(0.0, deadline_s - monotonic()))
-        with self._lock:
+        taken = []
+        try:
+            take(self._lock, taken)
             ticket.wake = None
             self._followers.remove(ticket)
+        finally:
+            if taken and taken[0]:
+                self._lock.release()
         if not in_time and not ticket.done:
             raise self._too_late()
 
     def _give_up(self, operation: Operation[T], ticket: Ticket | None, fault: BaseException) -> T:
         """Let the operation undo what it began, and hand the lead on."""
-        with self._lock:
+        taken: list[bool] = []
+        try:
+            try:
+                take(self._lock, taken)
+            except Unavailable:
+                self._leave(ticket)
             if ticket is None:
                 # Interrupted while it was asked: what it had put down by then is undone.
                 operation.close()
                 raise fault
-            self.session.mend()
-            ticket.wake = None
-            if ticket in self._followers:
-                self._followers.remove(ticket)
+            if taken[0]:
+                self.session.mend()
+                ticket.wake = None
+                if ticket in self._followers:
+                    self._followers.remove(ticket)
             try:
                 operation.throw(fault)
             except StopIteration as end:
                 value: T = end.value
                 return value
             finally:
-                if not self.forked:
+                if taken[0] and not self.forked:
                     self._follow_up()
                     if self._leader is ticket or self._leader is None:
                         self._pass_on()
+        finally:
+            if taken and taken[0]:
+                self._lock.release()
         raise AssertionError("an operation has one step")
+
+    def _leave(self, ticket: Ticket | None) -> None:
+        """Give a request up without the lock: its owner is in a signal handler, and stays there.
+
+        The session cannot be told, but the daemon can: the end of the connection gives all back.
+        """
+        if ticket is not None:
+            ticket.abandoned = True
+            if self._leader is ticket:
+                self._leader = None
+        self._link.shut()
 
     def _flush(self) -> None:
         """Send what can be sent now. Called with the lock."""
@@ -239,23 +292,42 @@ class Exchange(Carrier):
             with self._lock:
                 if session.outgoing:
                     self._flush()
+            if session.outgoing and monotonic() >= deadline_s:
+                raise self._too_late()
 
     # -- the keeper's thread
 
-    def on_readable(self) -> None:
-        """Read what came while no thread was inside an operation."""
-        with self._lock:
-            if self._leader is not None or not self._watched:
-                return
-            self._watched = False
-            data = self._read_now()
-            if data is not None and self.session.feed(data, monotonic()):
-                self._follow_up()
-            self._pass_on()
+    def on_ready(self) -> None:
+        """Send what nobody waits for, and read what came while no thread was inside an operation.
+
+        Raises Unavailable where the lock is not to be had.
+        """
+        if not self._lock.acquire(True, _TURN_S):
+            raise interrupted()
+        try:
+            session = self.session
+            if session.outgoing and session.away is None:
+                self._flush()
+            if self._leader is None:
+                if self._watched:
+                    self._watched = False
+                    data = self._read_now()
+                    if data is not None and session.feed(data, monotonic()):
+                        self._follow_up()
+                self._pass_on()
+            elif session.outgoing:
+                self._await_room()
+        finally:
+            self._lock.release()
 
     def renew_due(self, now_s: float) -> float | None:
-        """Renew the leases whose time has come; return when the next is due."""
-        with self._lock:
+        """Renew the leases whose time has come; return when the next is due.
+
+        Raises Unavailable where the lock is not to be had.
+        """
+        if not self._lock.acquire(True, _TURN_S):
+            raise interrupted()
+        try:
             session = self.session
             if session.away is not None:
                 if self._leader is not None or not session.leases:
@@ -266,7 +338,13 @@ class Exchange(Carrier):
             if session.renew_at is not None and session.renew_at <= now_s:
                 session.renew_due(now_s)
                 self._flush()
+                self._follow_up()
+                if self._leader is None:
+                    # The connection may have turned out to be dead.
+                    self._pass_on()
             return session.renew_at
+        finally:
+            self._lock.release()
 
     # -- the end
 

@@ -48,10 +48,13 @@ class AsyncLink:
         try:
             for pause_s in connecting(self.sock, self._path, deadline_s):
                 await asyncio.sleep(pause_s)
+            self.loop.add_reader(self.sock.fileno(), self._on_readable)
+        except OSError as fault:
+            self.sock.close()
+            raise Unavailable(f"nothing can watch the connection: {fault.strerror}") from None
         except BaseException:
             self.sock.close()
             raise
-        self.loop.add_reader(self.sock.fileno(), self._on_readable)
 
     def begin(self) -> None:
         """Let a conversation that is over, not for good, begin anew."""
@@ -140,17 +143,20 @@ class AsyncLink:
         session, now_s = self.session, self.loop.time()
         if session.away is None or self.forked or not session.has_to_go_on:
             return
-        sock = new_socket()
+        sock: socket.socket | None = None
         try:
+            sock = new_socket()
             for _ in connecting(sock, self._path, 0.0):
                 # A full backlog is a try that failed.
                 break
-        except Unavailable as fault:
-            sock.close()
-            session.away.missed(fault, now_s)
+            self.loop.add_reader(sock.fileno(), self._on_readable)
+        except (Unavailable, OSError) as fault:
+            if sock is not None:
+                sock.close()
+            missed = fault if isinstance(fault, Unavailable) else Unavailable(str(fault))
+            session.away.missed(missed, now_s)
         else:
             self.sock = sock
-            self.loop.add_reader(sock.fileno(), self._on_readable)
             resume.rejoin(session, now_s)
             self.flush()
         self._follow_up()

@@ -8,22 +8,17 @@ nothing else.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from libclient.decision import Decision, Event
-from libclient.errors import CLOSED, NotGranted, RequestError, RequestRefused, Unavailable
+from libclient.errors import CLOSED, NotGranted, RequestError, Unavailable, warn_refused
 from libclient.session import Session
 from libclient.tickets import Subscription, Ticket
 from libclient.wire.vocabulary import BAD_REQUEST, FORBIDDEN
 
 T = TypeVar("T")
 Operation = Generator[Ticket, None, T]
-
-# All of one operation: connecting, sending, waiting for the answer. A wait that was asked for
-# comes on top of it.
-ANSWER_S = 2.0
 
 
 def _answer(session: Session, ticket: Ticket) -> Operation[dict[str, Any]]:
@@ -69,8 +64,8 @@ def lease(
     except RequestError as fault:
         decision.refuse(fault.code.upper(), str(fault))
         if fault.code in (BAD_REQUEST, FORBIDDEN) and not required:
-            # The caller's doing, so it must not go unseen; level 4 is the caller of `lease`.
-            warnings.warn(f"no lease: {fault}", RequestRefused, stacklevel=4)
+            # The caller's doing, so it must not go unseen.
+            warn_refused(f"no lease: {fault}")
     if required and not decision.granted:
         raise NotGranted(decision.reason, decision.detail)
     return decision
@@ -110,20 +105,24 @@ def next_event(session: Session, subscription: Subscription) -> Operation[Event]
     A restart of the daemon is not the end: the subscription is made again, and `daemon.resumed` or
     `connection.resumed` says where something may be missing.
     """
-    if not subscription.events:
-        if subscription.over is not None:
-            raise Unavailable(subscription.over.detail, subscription.over.reason)
-        if subscription.waiting is not None:
-            raise ValueError("another thread or task is waiting for this subscription's next event")
-        ticket = subscription.waiting = Ticket()
-        try:
-            yield ticket
-        except BaseException:
-            subscription.waiting = None
-            raise
-        if not subscription.events:
-            ticket.result()
-    return subscription.events.popleft()
+    event = subscription.take()
+    if event is not None:
+        return event
+    if subscription.over is not None:
+        raise Unavailable(subscription.over.detail, subscription.over.reason)
+    if subscription.waiting is not None:
+        raise ValueError("another thread or task is waiting for this subscription's next event")
+    ticket = subscription.waiting = Ticket()
+    try:
+        yield ticket
+    except BaseException:
+        subscription.waiting = None
+        raise
+    event = subscription.take()
+    if event is None:
+        ticket.result()
+        raise AssertionError("an event or the end has come")
+    return event
 
 
 def unsubscribe(session: Session, subscription: Subscription) -> Operation[None]:

@@ -21,7 +21,7 @@ from libclient.codec import decode
 from libclient.decision import Decision, Event
 from libclient.errors import CLOSED, NO_DAEMON, Unavailable
 from libclient.messages import Malformed, missed_before, text_of
-from libclient.tickets import Subscription, Ticket
+from libclient.tickets import ANSWER_S, Subscription, Ticket
 from libclient.wire.framing import HEADER, HEADER_BYTES
 from libclient.wire.vocabulary import INTERNAL, LIMIT, SHUTTING_DOWN
 
@@ -37,8 +37,6 @@ DAEMON_RESUMED = "daemon.resumed"
 # No frame can begin like this: it would announce 4 GiB.
 MARKER = b"\xff\xff\xff\xff"
 NONCE_BYTES = 16
-# Of a waiting lease's time limit, what is not for the wait.
-ANSWER_S = 2.0
 # How soon a lease is tried again that the daemon could not reattach for the moment.
 REATTACH_AGAIN_S = 1.0
 
@@ -89,6 +87,8 @@ def on_resumed(session: Session, event: Event) -> None:
     session.outgoing = b"".join([MARKER, nonce, *frames])
     news = {name: value for name, value in event.items() if name not in ("nonce", "seq")}
     for lease in session.leases.values():
+        # What the old process did not answer is no fault of the new one.
+        lease.renewals = 0
         session.notify(lease, news)
     subscribed = list(session.subscriptions.values())
     session.subscriptions.clear()
@@ -170,7 +170,7 @@ def part(session: Session, detail: str, now_s: float) -> None:
             session.fail(ticket, fault)
     for lease in session.leases.values():
         lease.detached = True
-        lease.renewing = False
+        lease.renewals = 0
         lease.renew_at = None
     if session.pending or session.leases:
         subscribed = session.subscriptions.values()
@@ -194,7 +194,6 @@ def rejoin(session: Session, now_s: float) -> None:
     session.pending.clear()
     session.outgoing = b""
     for lease in session.leases.values():
-        lease.renewing = True
         session.ask_quietly("reattach", {"token": lease.token}, lease)
     for token in owed:
         session.release_quietly(token)
@@ -215,8 +214,6 @@ def _leave_again(session: Session, away: Absence, asked: list[Ticket], owed: set
     session.forget_connection()
     session.owed = owed
     session.away = away
-    for lease in session.leases.values():
-        lease.renewing = False
     session.unfinished = None
 
 
@@ -234,7 +231,6 @@ def on_reattached(session: Session, ticket: Ticket, lease: Decision, now_s: floa
         return
     error = ticket.reply["error"]
     if error["code"] in NOT_NOW:
-        lease.renewing = False
         lease.renew_at = now_s + REATTACH_AGAIN_S
         return
     session.lose(lease, f"lost: {error['message']} ({error['code']})")

@@ -25,6 +25,7 @@ from libclient.decision import Decision, Event, EventHandler
 from libclient.errors import CLOSED, GARBAGE, NO_DAEMON, SEALED, Unavailable
 from libclient.hearing import hear, take_late, undo
 from libclient.messages import Malformed, check_error, gist_of
+from libclient.renewals import renew
 from libclient.tickets import Subscription, Ticket
 from libclient.wire.framing import (
     HEADER,
@@ -189,14 +190,7 @@ class Session:
 
     def renew_due(self, now_s: float) -> None:
         """Ask to renew every lease whose time has come."""
-        if self.ended is not None or self.away is not None:
-            return
-        for lease in self.leases.values():
-            if lease.renew_at is not None and lease.renew_at <= now_s and not lease.renewing:
-                lease.renewing = True
-                op = "reattach" if lease.detached else "renew"
-                self.ask_quietly(op, {"token": lease.token}, lease)
-        self.plan_renewals()
+        renew(self, now_s)
 
     def ask_quietly(
         self,
@@ -225,11 +219,7 @@ class Session:
 
     def plan_renewals(self) -> None:
         """Find out when the first lease has to be renewed."""
-        due = [
-            lease.renew_at
-            for lease in self.leases.values()
-            if lease.renew_at is not None and not lease.renewing
-        ]
+        due = [lease.renew_at for lease in self.leases.values() if lease.renew_at is not None]
         self.renew_at = min(due) if due else None
 
     # -- what comes in

@@ -14,6 +14,9 @@ from libclient.errors import CLOSED, RequestError, Unavailable
 from libclient.messages import Malformed
 from libclient.wire.vocabulary import EVENTS_LOST
 
+# All of one operation: connecting, sending, waiting for the answer. A wait that was asked for comes
+# on top of it.
+ANSWER_S = 2.0
 # Events of one subscription that nobody has taken yet: about a megabyte. More are counted and
 # dropped, and the taker is told how many.
 BACKLOG_EVENTS = 4_096
@@ -99,6 +102,19 @@ class Subscription:
             waiting, self.waiting = self.waiting, None
             waiting.failure = fault
             waiting.finish()
+
+    def take(self) -> Event | None:
+        """Return the next event, None where there is none. What was dropped is told in its place.
+
+        Also where nothing has come since: the taker has not seen what it thinks it has.
+        """
+        if self.events:
+            return self.events.popleft()
+        if not self.dropped:
+            return None
+        lost: Event = {"event": EVENTS_LOST, "count": self.dropped}
+        self.dropped = 0
+        return lost
 
     def put(self, event: Event) -> None:
         """Take an event in. When full, drop it and count it."""

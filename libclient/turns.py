@@ -6,6 +6,7 @@ from collections.abc import Callable
 from threading import Lock
 
 from libclient.errors import TIMEOUT, ForkedClient, Unavailable
+from libclient.tickets import ANSWER_S
 
 
 class ParentsLock:
@@ -34,6 +35,16 @@ def interrupted() -> Unavailable:
     # Nobody holds the lock that long but one who was interrupted while holding it: a signal handler
     # that uses the client must not hang for that.
     return Unavailable("the client was interrupted at work, and cannot be used here", TIMEOUT)
+
+
+def take(lock: Lock | ParentsLock, taken: list[bool]) -> None:
+    """Take a lock within the time of an operation. Raises Unavailable.
+
+    `taken` then holds whether it is to be released: put down before an interrupt can strike.
+    """
+    taken.extend(map(lock.acquire, (True,), (ANSWER_S,)))
+    if not taken[0]:
+        raise interrupted()
 
 
 def opener(gate: Lock) -> Callable[[], None]:

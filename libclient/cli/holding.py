@@ -2,7 +2,8 @@
 
 Asks, waits and seals with the session of the client library and a socket, in the one thread there
 is: a program that is replaced must not have another thread at work. The descriptor of a granted
-lease is the lease; whoever inherits it holds it.
+lease is the lease; whoever inherits it holds it. A daemon that goes away while there is none yet is
+looked for, and asked again, for as long as the wait lasts.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Callable, Mapping
 from time import monotonic, sleep
 from typing import Any
 
+from libclient.absence import REFUSALS_MAX, REFUSED_S, Absence
 from libclient.decision import Decision, Event
-from libclient.errors import TIMEOUT, Unavailable
+from libclient.errors import NO_DAEMON, TIMEOUT, RequestError, Unavailable
 from libclient.session import Session
 from libclient.tickets import Ticket
 from libclient.where import connecting, new_socket
+from libclient.wire.vocabulary import SHUTTING_DOWN
 
 # 0, 1 and 2 are the command's standard streams, whether or not they are open now.
 FIRST_FREE_FD = 3
@@ -36,16 +39,23 @@ class Holding:
         for memory that was asked for comes on top of it.
         """
         self._left_s = timeout_s
+        self._path = path
+        # Whether this connection's daemon has said anything.
+        self._heard = False
+        start_s = monotonic()
+        self._connect(start_s + timeout_s)
+        self._spend(start_s, 0.0)
+
+    def _connect(self, deadline_s: float) -> None:
         self._session = Session(lasting=False)
         self._sock = new_socket()
-        start_s = monotonic()
+        self._heard = False
         try:
-            for pause_s in connecting(self._sock, path, start_s + timeout_s):
+            for pause_s in connecting(self._sock, self._path, deadline_s):
                 sleep(pause_s)
         except BaseException:
             self._sock.close()
             raise
-        self._spend(start_s, 0.0)
 
     def ask(
         self,
@@ -55,12 +65,43 @@ class Holding:
     ) -> Decision:
         """Ask for a lease and wait for the answer. Raises Unavailable or RequestError.
 
-        `on_event` hears of the place in the queue, `on_tick` is called about once a second.
+        `on_event` hears of the place in the queue, `on_tick` is called about once a second. Where
+        the daemon goes away meanwhile, it is asked again with what is left of the `wait_s`.
         """
-        decision = Decision(on_event)
-        ticket = self._session.ask("lease", fields, decision)
-        self._wait(ticket, fields.get("wait_s", 0.0), on_tick)
-        return decision
+        wait_s = fields.get("wait_s", 0.0)
+        end_s = monotonic() + wait_s
+        # Connections in a row that soon were over, and those of them without a word.
+        short, silent = 0, 0
+        while True:
+            decision = Decision(on_event)
+            asked_s = monotonic()
+            try:
+                ticket = self._session.ask("lease", fields, decision)
+                self._wait(ticket, wait_s, on_tick)
+                return decision
+            except (Unavailable, RequestError) as fault:
+                short = short + 1 if monotonic() - asked_s < REFUSED_S else 0
+                silent = silent + 1 if short and not self._heard else 0
+                if not _went_away(fault) or silent >= REFUSALS_MAX or monotonic() >= end_s:
+                    raise
+                away = Absence(Unavailable(str(fault)), monotonic(), short)
+                self._find_again(away, end_s, on_tick)
+            wait_s = max(0.0, end_s - monotonic())
+            fields = {**fields, "wait_s": wait_s}
+
+    def _find_again(self, away: Absence, end_s: float, on_tick: Callable[[], None]) -> None:
+        """Connect anew. Raises Unavailable once the wait is over."""
+        self._sock.close()
+        while True:
+            sleep(max(0.0, min(away.due_s, end_s) - monotonic()))
+            try:
+                self._connect(monotonic())
+                return
+            except Unavailable as missed:
+                if monotonic() >= end_s:
+                    raise
+                away.missed(missed, monotonic())
+            on_tick()
 
     def seal(self, signal: str | None) -> None:
         """Let the connection only hold from now on. Raises Unavailable or RequestError.
@@ -101,6 +142,7 @@ class Holding:
             if data is None:
                 on_tick()
                 continue
+            self._heard = self._heard or bool(data)
             session.feed(data, monotonic())
             notices, session.notices = session.notices, []
             for handler, event in notices:
@@ -136,3 +178,10 @@ class Holding:
             return None
         except OSError:
             return b""
+
+
+def _went_away(fault: Unavailable | RequestError) -> bool:
+    """Whether the daemon is gone, or says that it is about to be, and another may come."""
+    if isinstance(fault, RequestError):
+        return fault.code == SHUTTING_DOWN
+    return fault.reason == NO_DAEMON

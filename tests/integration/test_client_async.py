@@ -246,3 +246,27 @@ def test_closing_a_client_ends_the_tasks_inside_it(run: Run, tmp_path: Path) -> 
 
     with FakeDaemon(tmp_path, script) as daemon:
         run(scenario)
+
+
+def test_closing_a_client_whose_requests_are_not_all_sent_says_so_to_each(
+    run: Run, tmp_path: Path
+) -> None:
+    def deaf(conn: Served) -> None:
+        closed.wait(20)
+
+    async def scenario() -> None:
+        client = await aio.connect(daemon.path)
+        asked = [
+            asyncio.create_task(client.call("explain", agent="a", purpose="x" * 60_000))
+            for _ in range(8)
+        ]
+        await until(lambda: client.link._writing)
+        client.close()
+        for outcome in await asyncio.gather(*asked, return_exceptions=True):
+            assert isinstance(outcome, Unavailable)
+            assert outcome.reason == "CLOSED"
+        closed.set()
+
+    closed = threading.Event()
+    with FakeDaemon(tmp_path, deaf) as daemon:
+        run(scenario)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import libclient
+from libclient import drive_sync, link_async
 from libclient.errors import ForkedClient
+from libclient.where import _SOCKETS, connecting, new_socket
 from tests.support.proxy import FakeDaemon, Served, grant_fields
 from tests.support.sources import ROOT
 
@@ -166,3 +171,84 @@ def test_an_asyncio_client_leaves_no_copy_either(tmp_path: Path) -> None:
     with FakeDaemon(tmp_path) as daemon:
         asyncio.run(scenario(daemon.path))
         assert daemon.ops() == ["lease", "release"]
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_a_child_has_no_copy_of_a_connection_that_another_thread_was_making(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    connected, forked = threading.Event(), threading.Event()
+    fds: list[int] = []
+
+    def slowly(sock: socket.socket, path: str, deadline_s: float) -> Iterator[float]:
+        yield from connecting(sock, path, deadline_s)
+        # As if the thread had lost its turn here.
+        fds.append(sock.fileno())
+        connected.set()
+        forked.wait(20)
+
+    def take() -> libclient.Lease | libclient.aio.AsyncLease:
+        if kind == "blocking":
+            return libclient.lease("analyst", socket=daemon.path)
+
+        async def ask() -> libclient.aio.AsyncLease:
+            async with libclient.aio.lease("analyst", socket=daemon.path) as lease:
+                return lease
+
+        return asyncio.run(ask())
+
+    def check() -> None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fds[0])
+
+    module = drive_sync if kind == "blocking" else link_async
+    monkeypatch.setattr(module, "connecting", slowly)
+    with FakeDaemon(tmp_path) as daemon, ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(take)
+        assert connected.wait(20)
+        in_forked_child(check)
+        forked.set()
+        lease = taken.result(20)
+        assert lease.granted
+        if isinstance(lease, libclient.Lease):
+            lease.release()
+        daemon.wait_for_hangup()
+
+
+def test_a_fork_waits_for_a_socket_that_is_just_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, go_on = threading.Event(), threading.Event()
+    sockets: list[socket.socket] = []
+
+    class Slow(socket.socket):
+        """A socket whose maker has lost its turn: made, and known to nobody."""
+
+        def __init__(self, *args: int) -> None:
+            super().__init__(*args)
+            sockets.append(self)
+            made.set()
+            go_on.wait(20)
+
+    def check() -> None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+    with FakeDaemon(tmp_path) as daemon, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(socket, "socket", Slow)
+        connecting = pool.submit(libclient.connect, daemon.path)
+        assert made.wait(20)
+        monkeypatch.undo()
+        fd = sockets[0].fileno()
+        forking = pool.submit(in_forked_child, check)
+        with pytest.raises(TimeoutError):
+            forking.result(0.2)
+        go_on.set()
+        forking.result(20)
+        connecting.result(20).close()
+
+
+def test_a_signal_handler_may_fork_in_the_middle_of_making_a_socket() -> None:
+    with _SOCKETS._lock:
+        in_forked_child(lambda: new_socket().close())
+    new_socket().close()

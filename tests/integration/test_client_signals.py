@@ -15,6 +15,7 @@ import pytest
 import libclient
 from libclient.errors import Unavailable
 from libclient.exchange import Exchange
+from libclient.keeper import KEEPER
 from tests.support.interrupts import interrupt_at
 from tests.support.proxy import FakeDaemon, Served, denial_fields, grant_fields, wait_for
 
@@ -132,3 +133,75 @@ def test_an_interrupted_caller_closes_the_connection_that_was_its_own(tmp_path: 
         with pytest.raises(KeyboardInterrupt):
             libclient.lease("analyst", wait_s=60, socket=daemon.path)
         daemon.wait_for_hangup()
+
+
+def test_a_handler_may_take_a_lease_while_the_librarys_thread_is_being_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[libclient.Lease] = []
+    start = threading.Thread.start
+
+    def start_and_strike(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "gpuorch-keeper":
+            monkeypatch.setattr(threading.Thread, "start", start)
+            send()
+
+    with FakeDaemon(tmp_path) as daemon:
+        # Before the daemon's threads are started it would strike for them.
+        monkeypatch.setattr(threading.Thread, "start", start_and_strike)
+        start_s = time.monotonic()
+        with (
+            on_signal(lambda: taken.append(libclient.lease("b", socket=daemon.path))) as send,
+            libclient.lease("a", socket=daemon.path) as lease,
+        ):
+            assert lease.granted
+        assert time.monotonic() - start_s < 1.5
+        assert [one.granted for one in taken] == [True]
+        assert len([one for one in threading.enumerate() if one.name == "gpuorch-keeper"]) == 1
+        taken[0].release()
+
+
+def test_a_handler_that_strikes_in_the_middle_of_the_keeper_is_for_the_cpu_in_time(
+    tmp_path: Path,
+) -> None:
+    taken: list[libclient.Lease] = []
+
+    def use_it() -> None:
+        taken.append(libclient.lease("b", socket=daemon.path))
+
+    with FakeDaemon(tmp_path) as daemon, on_signal(use_it) as send:
+        # As if the thread were inside `adopt`.
+        with KEEPER._lock:
+            start_s = time.monotonic()
+            send()
+            wait_for(lambda: bool(taken), "the handler")
+            assert time.monotonic() - start_s < 5
+        assert [one.granted for one in taken] == [False]
+        assert (taken[0].device, taken[0].reason) == ("cpu", "TIMEOUT")
+        assert taken[0].env == {"CUDA_VISIBLE_DEVICES": ""}
+        daemon.wait_for_hangup()
+
+
+def test_a_handler_that_has_a_lock_for_long_holds_up_no_other_clients_renewals(
+    tmp_path: Path,
+) -> None:
+    def script(conn: Served) -> None:
+        now = 1_000.0
+        conn.reply(conn.expect("lease"), **grant_fields(timestamp=now, expires_at=now + 0.6))
+        while True:
+            request = conn.request()
+            now += 0.2
+            conn.reply(request, expires_at=now + 0.6)
+
+    with (
+        FakeDaemon(tmp_path, script) as daemon,
+        libclient.connect(daemon.path) as first,
+        libclient.connect(daemon.path) as second,
+    ):
+        lease, other = first.lease("a"), second.lease("b")
+        # As if a handler had struck in the middle of the first.
+        with first.exchange._lock:
+            daemon.wait_for_op("renew", 4)
+            assert other.live
+        assert lease.granted

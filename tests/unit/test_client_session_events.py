@@ -8,7 +8,7 @@ import pytest
 
 from libclient import operations
 from libclient.errors import Unavailable
-from libclient.tickets import BACKLOG_EVENTS
+from libclient.tickets import BACKLOG_EVENTS, Ticket
 from libclient.wire.vocabulary import EVENTS_LOST
 from tests.support.session_pair import (
     Asked,
@@ -145,6 +145,24 @@ def test_a_subscriber_that_does_not_take_its_events_is_told_how_many_it_lost(
     assert result_of(operations.next_event(pair.session, subscription))["seq"] == seq
 
 
+def test_what_was_lost_is_told_although_nothing_follows(pair: SessionPair) -> None:
+    subscription = subscribed(pair)
+    for seq in range(2, BACKLOG_EVENTS + 12):
+        pair.send({"event": "lease.granted", "subscription": 3, "seq": seq, "time": 0.0})
+    for _ in range(BACKLOG_EVENTS):
+        result_of(operations.next_event(pair.session, subscription))
+    lost = result_of(operations.next_event(pair.session, subscription))
+    assert lost == {"event": EVENTS_LOST, "count": 11}
+    # Once.
+    assert isinstance(operations.next_event(pair.session, subscription).send(None), Ticket)
+    # Also where the end has come.
+    subscription.dropped = 7
+    subscription.end(Unavailable("over"))
+    assert result_of(operations.next_event(pair.session, subscription))["count"] == 7
+    with pytest.raises(Unavailable, match="over"):
+        operations.next_event(pair.session, subscription).send(None)
+
+
 def test_two_who_wait_for_one_subscription_are_told_apart(pair: SessionPair) -> None:
     subscription = subscribed(pair)
     result_of(operations.next_event(pair.session, subscription))
@@ -178,7 +196,8 @@ def test_a_lease_with_a_ttl_is_renewed_at_a_third_of_it(pair: SessionPair) -> No
     pair.session.renew_due(pair.now_s)
     (renew,) = pair.asked()
     assert (renew["op"], renew["token"]) == ("renew", "secret-1")
-    assert pair.session.renew_at is None
+    # When it is asked again, should no answer come.
+    assert pair.session.renew_at == pytest.approx(pair.now_s + 10)
     pair.send(ok(renew, expires_at=1_040.0))
     assert asked.decision.expires_at == 1_040.0
     assert pair.session.renew_at == pytest.approx(pair.now_s + 10)

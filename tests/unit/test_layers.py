@@ -79,7 +79,12 @@ ROOMS = (
             "what a restart means for the conversation is the session's: it does no I/O either",
             PURE,
         )
-        for name in ("libclient.resume", "libclient.hearing", "libclient.absence")
+        for name in (
+            "libclient.resume",
+            "libclient.hearing",
+            "libclient.absence",
+            "libclient.renewals",
+        )
     ),
     Room(
         "libclient.operations",
