@@ -289,7 +289,7 @@ class Keeper:
         except Unavailable:
             # A signal handler struck while its thread had the connection's lock, and is not done.
             self._again.append(reference)
-        except BaseException as fault:
+        except BaseException as fault:  # nothing that one connection does ends the thread
             _report(fault)
             self._again.append(reference)
 
@@ -321,7 +321,7 @@ class Keeper:
         except Unavailable:
             # The same.
             return monotonic() + _AGAIN_S
-        except BaseException as fault:
+        except BaseException as fault:  # nothing that one connection does ends the thread
             _report(fault)
             return monotonic() + _AGAIN_S
 

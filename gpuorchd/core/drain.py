@@ -165,6 +165,8 @@ def process_ended(state: State, process: ProcessKey, now_ns: int, out: list[Effe
         if lease.others is not None:
             lease.others.discard(process)
             state.changed_leases[lease.number] = lease
+        for part in lease.parts:
+            part.device.ended[process] = lease.holder.process
     holder = state.holders.get(process)
     if holder is not None:
         holder.alive = False
@@ -204,6 +206,7 @@ def take_readings(state: State, event: ReadingsTaken, now_ns: int, out: list[Eff
         if device.reading is not None and event.started_ns < device.reading_ns:
             continue
         device.reading = reading
+        device.ended.clear()
         device.reading_ns = event.started_ns
         device.failure = None
         _note_processes(state, device, reading, out)

@@ -183,6 +183,8 @@ def owner(
             return here.holder
         if holder is None:
             return next(iter(seen.values())).holder
+    if holder is None and use.process in device.ended:
+        return state.holders.get(device.ended[use.process])
     return holder or ancestor(state, device, use, services)
 
 

@@ -1,10 +1,9 @@
 """The state machine: every event comes in here, and every effect goes out.
 
 `handle` is the whole interface that changes anything: an event and the time in, effects out, in
-the order in which they are to be carried out. It looks up the handler by the event's type;
-handlers for leases are here, the rest of the work is in the modules beside it: `placement` (where
-to), `leases` (their life), `drain` (their end), `serving` (the queue), `settings` (policy and
-cordons). After each event waiting requests are served if anything changed that could let them be.
+the order in which they are to be carried out. Handlers for leases are here, by the event's type,
+the rest is beside it: `placement` (where to), `leases` (their life), `drain` (their end), `serving`
+(the queue), `settings` (policy, cordons). After each event those who wait are served if they can.
 """
 
 from __future__ import annotations
@@ -370,10 +369,10 @@ class Machine:
             if key == serving.POSITIONS:
                 serving.tell_positions(state, now_ns, out)
                 continue
+            kind, name = key
             if key == serving.STALE:
                 state.unsettled = True
                 continue
-            kind, name = key
             if kind == leases.WAIT:
                 serving.end_wait(state, state.waiters[name], Note.TIMEOUT, now_ns, out)
                 continue
@@ -396,6 +395,5 @@ class Machine:
             serving.drop(state, waiter)
             out.append(AnswerError(waiter.conn, waiter.request_id, STOPPING))
         out.append(Announce("daemon.stopping", {}))
-        for client in state.clients.values():
-            if client.requests:
-                out.append(Announce("daemon.stopping", {}, client.conn, private=True))
+        told = (client.conn for client in state.clients.values() if client.requests)
+        out += (Announce("daemon.stopping", {}, conn, private=True) for conn in told)

@@ -348,6 +348,9 @@ class Device:
     charges: dict[str, int] = field(default_factory=dict)
     # The live lease that has taken the whole GPU.
     exclusive: LeaseId | None = None
+    # Processes that ended since the newest reading, with the holder whose lease they were seen in:
+    # what that reading says of them is not a stranger's.
+    ended: dict[ProcessKey, ProcessKey] = field(default_factory=dict)
 
     @property
     def uuid(self) -> DeviceUuid:

@@ -3,11 +3,9 @@
 Written from the contract, not from the core, and slow on purpose: sums are made anew from the
 list of leases whenever they are asked for. Where the contract leaves a moment open (a timer that is
 due but has not fired, a residue that its owner has leased again) a figure has two values: `least`
-is what must be kept from others then, `most` what may be. Safety is judged by `least`, liveness by
-`most`.
-
-A card is `murky` where the newest reading can be attributed in more than one way; there only the
-physical truth is judged.
+is what must be kept from others then, `most` what may be: for safety and for liveness. A card
+is `murky` where its newest reading can be attributed in more than one way; there only the physical
+truth is judged.
 """
 
 from __future__ import annotations

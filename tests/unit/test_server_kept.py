@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from gpuorchd.core.model import ConnectionId, DeviceFacts, DeviceUuid, Peer, Pro
 from gpuorchd.core.state import Settings
 from gpuorchd.devices.telemetry import DeviceStatus
 from gpuorchd.engine import Engine
-from gpuorchd.server.connection import REQUESTS_PER_TURN, Connection
+from gpuorchd.server.connection import Connection
 from gpuorchd.server.listener import Server
 from gpuorchd.server.marker import FIRST
 from gpuorchd.server.services import Options, Services
+from gpuorchd.server.taking import REQUESTS_PER_TURN
 from libclient.wire.framing import MAX_REPLY_BYTES, WHOLE_FRAME_BYTES, FrameSplitter
 from tests.support.wire import packed
 
@@ -88,11 +89,12 @@ class Served:
         self.bugs: list[str] = []
         services = Services(
             identify=lambda fd: Peer(ProcessKey(1, 1), 0),
+            look=lambda fd: Peer(ProcessKey(1, 1), 0),
             ready=dict,
             device_status=lambda: STATUS,
             telemetry=dict,
             render_metrics=self._render,
-            resolve_user=lambda name: None,
+            resolve_users=self._resolve,
             signal_peer=lambda process, uid, name: None,
             on_bug=lambda error, op, request_id: self.bugs.append(repr(error)),
             keeping=keeping,
@@ -104,6 +106,9 @@ class Served:
             for i in range(64)
         )
         engine.submit(DevicesFound(cards))
+
+    async def _resolve(self, names: Iterable[str]) -> Mapping[str, int]:
+        return {}
 
     async def _render(self) -> str:
         return ""

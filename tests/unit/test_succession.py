@@ -34,7 +34,7 @@ def client(conn: int) -> ClientRow:
 def lease(conn: int) -> LeaseRow:
     found = ConnectionId(conn)
     return LeaseRow(
-        1, "id", Token("t"), found, 1, Ask("a"), process(1), 0, None, 1, (), False, 0, 0, None,
+        1, "id", Token("t"), found, 1, Ask("a"), process(1), 0, None, 1, (), False, 0, 0, 0, None,
         "detached", 0, "", None, False, (),
     )  # fmt: skip
 
