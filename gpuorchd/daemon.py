@@ -6,6 +6,7 @@
 What the lease path does not need is loaded after the first answer can be given. At a clean stop
 the core answers those who wait and tells those who hold; what was said is sent, the rooms are
 closed, and the socket's name goes last: nobody takes it while something of this daemon still runs.
+Nobody can connect meanwhile.
 """
 
 from __future__ import annotations
@@ -238,6 +239,9 @@ class Daemon:
     def end(self, code: int) -> None:
         """Begin the end. Where connections outlive this process it does not return."""
         self._supervised.tell_stopping()
+        # Before anybody loses a connection: who connects anew is not to ask a daemon that ends.
+        self._server.stop_accepting()
+        self._socket.refuse()
         if code != EXIT_BUG and not self._succession.hands_over:
             # Those who wait are answered, those who hold are told.
             self._engine.submit(StopAsked())

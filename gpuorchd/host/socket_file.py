@@ -39,6 +39,10 @@ class SocketFile:
         self._lock = lock
         self._bound = _identity(path)
 
+    def refuse(self) -> None:
+        """Let connections be refused from now on; the name stays ours."""
+        self.listener.close()
+
     def release(self) -> None:
         """Remove the file if it is still ours, close the listener, give up the lock."""
         if self._bound is not None and _identity(self.path) == self._bound:
@@ -57,6 +61,9 @@ class PassedSocket:
         name = listener.getsockname()
         # An abstract name comes as bytes, and shows with the "@" that units write.
         self.path = Path("@" + name[1:].decode() if isinstance(name, bytes) else name)
+
+    def refuse(self) -> None:
+        """Do nothing: who connects from now on is the next daemon's."""
 
     def release(self) -> None:
         """Close the listener; the service manager has another descriptor of it."""

@@ -119,6 +119,15 @@ class Server:
         self._listening = listening
         self._loop.add_reader(listening.fileno(), self._accept)
 
+    def stop_accepting(self) -> None:
+        """Take in no further connection; the listening socket may be closed from now on."""
+        if self._resume is not None:
+            self._resume.cancel()
+            self._resume = None
+        if self._listening is not None:
+            self._loop.remove_reader(self._listening.fileno())
+            self._listening = None
+
     async def stop(self) -> None:
         """Accept nothing more, give and send what is to be answered, close everything.
 
@@ -128,7 +137,7 @@ class Server:
         The engine is told of the stop before, so that waiting requests have their answers and
         holders hear of it; requests that come meanwhile are answered `shutting_down`.
         """
-        self._stop_accepting()
+        self.stop_accepting()
         board = self._board
         board.flush()
         deadline = self._loop.time() + self._options.stop_s
@@ -137,14 +146,6 @@ class Server:
             await board.watch.told(deadline - self._loop.time())
         await asyncio.gather(*self._opening, return_exceptions=True)
         await board.close()
-
-    def _stop_accepting(self) -> None:
-        if self._resume is not None:
-            self._resume.cancel()
-            self._resume = None
-        if self._listening is not None:
-            self._loop.remove_reader(self._listening.fileno())
-            self._listening = None
 
     def _accept(self) -> None:
         assert self._listening is not None

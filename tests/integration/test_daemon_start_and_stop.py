@@ -84,6 +84,21 @@ def test_a_holder_that_never_reads_does_not_delay_the_stop(daemon: DaemonProcess
         assert time.monotonic() - began < STOP_PROMISE_S
 
 
+def test_who_connects_while_it_stops_is_refused_and_the_name_stays_taken(tmp_path: Path) -> None:
+    with running_daemon(tmp_path, *SIMULATED) as daemon, daemon.client() as silent:
+        silent.send_until_full("gpu_info")
+        with daemon.client() as holder:
+            assert holder.ask("lease", agent="a")["granted"]
+            daemon.signal(signal.SIGTERM)
+            holder.event("daemon.stopping")
+            # What the other does not read is waited for, and no connection has been lost yet.
+            with pytest.raises(ConnectionRefusedError):
+                daemon.client()
+            assert daemon.socket.exists()
+        assert daemon.wait() == 0
+        assert not daemon.socket.exists()
+
+
 def test_a_hangup_without_a_change_changes_nothing(daemon: DaemonProcess) -> None:
     daemon.signal(signal.SIGHUP)
     daemon.wait_for_log("config.reloaded")
