@@ -243,6 +243,9 @@ class Exchange(Carrier):
         if session.away is not None:
             self.seek(eagerly=True)
             return
+        if session.sending is not None:
+            # A thread was interrupted in the middle of this, and has not come to mend it yet.
+            session.settle_sent()
         (sent := session.sent).clear()
         session.sending = outgoing = session.outgoing
         # The count is put down before an interrupt can strike, so what was sent is always known.
@@ -306,6 +309,7 @@ class Exchange(Carrier):
             raise interrupted()
         try:
             session = self.session
+            session.mend()
             if session.outgoing and session.away is None:
                 self._flush()
             if self._leader is None:
@@ -329,6 +333,7 @@ class Exchange(Carrier):
             raise interrupted()
         try:
             session = self.session
+            session.mend()
             if session.away is not None:
                 if self._leader is not None or not session.leases:
                     # Whoever is inside looks for the daemon; or nobody needs it.

@@ -76,6 +76,7 @@ def on_resumed(session: Session, event: Event) -> None:
         raise Malformed(f"a {DAEMON_RESUMED} whose nonce is not {NONCE_BYTES} bytes")
     missed_before(None, event)
     session.own_seq = event["seq"]
+    session.settle_sent()
     for ticket in sent_of(session):
         ticket.sent = True
     # What is asked again now may be answered twice: by what the daemon had kept, and then as asked.
@@ -155,6 +156,7 @@ def part(session: Session, detail: str, now_s: float) -> None:
     """
     session.unfinished = partial(part, session, detail, now_s)
     session.ended = None
+    session.settle_sent()
     for ticket in sent_of(session):
         ticket.sent = True
     if session.away is None:

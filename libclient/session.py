@@ -160,14 +160,21 @@ class Session:
         connection that was being made. Input taken in half-way may have been a grant: only the end
         of the connection is sure to give everything back.
         """
-        sending, self.sending = self.sending, None
-        if sending is not None:
-            self.outgoing = sending[self.sent[0] if self.sent else 0 :]
+        self.settle_sent()
         if self.unfinished is not None:
             self.unfinished()
         if self.torn:
             self.torn = False
             self.end("interrupted in the middle of a message", CLOSED)
+
+    def settle_sent(self) -> None:
+        """Take what went out off `outgoing`, where an interrupt struck before the driver did.
+
+        More may have been asked since.
+        """
+        sending, self.sending = self.sending, None
+        if sending is not None and self.sent and self.outgoing.startswith(sending):
+            self.outgoing = self.outgoing[self.sent[0] :]
 
     def drop(self, lease: Decision) -> bool:
         """Forget a lease that is about to be released. Return whether there is one to release."""
@@ -302,6 +309,7 @@ class Session:
     def forget_connection(self) -> None:
         """Drop what was about the connection alone: bytes on their way in and out, numbering."""
         self.outgoing = b""
+        self.sending = None
         self.late = 0
         self.renew_at = None
         self.own_seq = None

@@ -205,3 +205,33 @@ def test_a_handler_that_has_a_lock_for_long_holds_up_no_other_clients_renewals(
             daemon.wait_for_op("renew", 4)
             assert other.live
         assert lease.granted
+
+
+def test_what_an_interrupted_thread_had_sent_is_not_sent_again_by_another(tmp_path: Path) -> None:
+    with FakeDaemon(tmp_path) as daemon, libclient.connect(daemon.path) as client:
+        exchange = client.exchange
+        lease = client.lease("analyst")
+        with exchange._lock:
+            # As an interrupt leaves it that strikes right after the sending.
+            session = exchange.session
+            ticket = session.ask("health", {})
+            session.sending = session.outgoing
+            session.sent[:] = [exchange._send(session.outgoing)]
+        # The library's thread has the next turn, and the interrupted one comes after it.
+        exchange.on_ready()
+        client.call("ready")
+        assert ticket.done
+        assert daemon.ops() == ["lease", "health", "ready"]
+        assert lease.live
+
+
+def test_what_was_asked_since_an_interrupt_goes_out_once_and_whole(tmp_path: Path) -> None:
+    with FakeDaemon(tmp_path) as daemon, libclient.connect(daemon.path) as client:
+        exchange = client.exchange
+        with exchange._lock:
+            session = exchange.session
+            session.ask("health", {})
+            session.sending = session.outgoing
+            session.sent[:] = [exchange._send(session.outgoing[:3])]
+        client.call("ready")
+        assert daemon.ops() == ["health", "ready"]
