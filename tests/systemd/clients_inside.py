@@ -227,7 +227,7 @@ def looks() -> None:
     """
     wanted: set[str] = set()
     bad: list[str] = []
-    counts = {"looks": 0, "detached": 0}
+    counts = {"looks": 0}
     over = threading.Event()
     totals_mb = {gpu["index"]: gpu["memory_total_mb"] for gpu in ask("gpu_info")["gpus"]}
 
@@ -252,7 +252,6 @@ def looks() -> None:
                 if mb > totals_mb[index]
             )
             counts["looks"] += 1
-            counts["detached"] += "detached" in states.values()
 
     thread = threading.Thread(target=look)
     thread.start()

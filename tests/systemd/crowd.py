@@ -170,6 +170,15 @@ class Crowd:
         assert seen.pop("bad") == []
         return seen
 
+    def wait_until_attached(self) -> None:
+        """Wait until no lease waits for its owner any more."""
+
+        def attached() -> bool:
+            rows = json.loads(self._rig.gpuorch("leases", "--json").stdout)["allocations"]
+            return bool(rows) and all(row["state"] == "active" for row in rows)
+
+        wait_until(attached, "their owners' return", RESTART_DEADLINE_S)
+
     def disperse(self) -> dict[str, int]:
         """Let everybody come to an end; fail where anything was not as it has to be."""
         self.check()
@@ -211,16 +220,21 @@ class Killer:
         self.counts: dict[str, int] = {}
         self._pid = 0
 
+    @property
+    def total(self) -> int:
+        """How many daemons were killed."""
+        return sum(self.counts.values())
+
     def kill(self) -> None:
         """Wait for a daemon that was not killed yet, then for a moment, and kill it."""
         chance = self._chance
-        wait_until(lambda: self._rig.main_pid() not in {0, self._pid}, "the next daemon", 30.0)
+        wait_until(lambda: self._rig.main_pid() not in {0, self._pid}, "the next daemon", RESTART_DEADLINE_S)
         kind = chance.choice(("just born", "starting", "serving", "writing leases", "writing policy"))
         moments: dict[str, Callable[[], None]] = {
             "just born": lambda: time.sleep(chance.random() * 0.01),
             "starting": lambda: time.sleep(chance.random() * 0.4),
-            "serving": lambda: time.sleep(0.3 + chance.random() * 0.7),
-            "writing leases": self._wait_for_leases,
+            "serving": lambda: self._wait_for_leases(2.0, chance.random() * 0.4),
+            "writing leases": lambda: self._wait_for_leases(MOMENT_S, 0.0),
             "writing policy": self._wait_for_policy,
         }
         moments[kind]()
@@ -230,25 +244,26 @@ class Killer:
         self._pid = killed
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
-    def _wait_for_leases(self) -> None:
-        """Wait until the table is being written: begun anew, as each start does, or gone on."""
-        chosen = self._chance.random() < 0.5
+    def _wait_for_leases(self, deadline_s: float, more_s: float) -> None:
+        """Wait until the table is begun anew, as each start does, or has its first change."""
+        begun_only = deadline_s == MOMENT_S and self._chance.random() < 0.5
         fd = os.open(self._rig.path(TABLE), os.O_RDONLY)
         try:
-            _spin(lambda: _beginning(fd))
-            if chosen:
-                _spin(lambda: _tail(fd))
+            _spin(lambda: _beginning(fd), deadline_s)
+            if not begun_only:
+                _spin(lambda: _tail(fd), deadline_s)
         finally:
             os.close(fd)
+        time.sleep(more_s)
 
     def _wait_for_policy(self) -> None:
         """Wait until a new file of the policy is there and not yet in the old one's place."""
         folder = self._rig.path(STATE)
-        _spin(lambda: len(os.listdir(folder)))
+        _spin(lambda: len(os.listdir(folder)), MOMENT_S)
 
 
-def _spin(look: Callable[[], object]) -> None:
-    deadline = time.monotonic() + MOMENT_S
+def _spin(look: Callable[[], object], deadline_s: float) -> None:
+    deadline = time.monotonic() + deadline_s
     before = look()
     while look() == before and time.monotonic() < deadline:
         continue
