@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from gpuorchd.host.table import HALF_BYTES, HALF_HEAD, HEAD_BYTES
 from tests.support.daemon_process import wait_until
-from tests.systemd.rig import DAEMON, PYTHON, Rig
+from tests.systemd.rig import PYTHON, Rig
 
 PROGRAM = "/checkout/tests/systemd/clients_inside.py"
 CARDS = "3x81920"
@@ -109,7 +107,7 @@ class Crowd:
         if self._busy:
             self._seal()
         holders = [
-            self._join("holds", at * HOLDERS_A_PROCESS, HOLDERS_A_PROCESS)
+            self._join("holds", at * HOLDERS_A_PROCESS, HOLDERS_A_PROCESS, 1_000)
             for at in range(HOLDER_PROCESSES)
         ]
         self._holding = [*holders, self._join("reads_slowly", SLOW_LEASES)]
@@ -158,15 +156,17 @@ class Crowd:
         ids = {row[0] for member in self._holding for row in member.began_with}
         return ids | (self._sealed_before if self._sealed else set())
 
-    def check(self) -> dict[str, int]:
+    def check(self) -> dict[str, Any]:
         """Fail where a lease is not as it was; return what the looker has seen so far."""
         for member in self._holding:
             assert all(ended is None for _, _, ended in member.began_with), member.role
             found = member.tell("report")
-            changed = [pair for pair in zip(member.began_with, found, strict=True) if pair[0] != pair[1]]
+            changed = [
+                pair for pair in zip(member.began_with, found, strict=True) if pair[0] != pair[1]
+            ]
             assert not changed, f"{member.role}: {len(changed)} leases changed: {changed[:3]}"
         assert all(command.poll() is None for command in self._sealed)
-        seen: dict[str, int] = self._looker.tell(json.dumps(sorted(self._ids())))
+        seen: dict[str, Any] = self._looker.tell(json.dumps(sorted(self._ids())))
         assert seen.pop("bad") == []
         return seen
 
@@ -228,8 +228,14 @@ class Killer:
     def kill(self) -> None:
         """Wait for a daemon that was not killed yet, then for a moment, and kill it."""
         chance = self._chance
-        wait_until(lambda: self._rig.main_pid() not in {0, self._pid}, "the next daemon", RESTART_DEADLINE_S)
-        kind = chance.choice(("just born", "starting", "serving", "writing leases", "writing policy"))
+        wait_until(
+            lambda: self._rig.main_pid() not in {0, self._pid},
+            "the next daemon",
+            RESTART_DEADLINE_S,
+        )
+        kind = chance.choice(
+            ("just born", "starting", "serving", "writing leases", "writing policy")
+        )
         moments: dict[str, Callable[[], None]] = {
             "just born": lambda: time.sleep(chance.random() * 0.01),
             "starting": lambda: time.sleep(chance.random() * 0.4),

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.support.daemon_process import wait_until
-from tests.systemd.crowd import ENVIRONMENT, Crowd, Killer
+from tests.systemd.crowd import ENVIRONMENT, Crowd, Killer, Member
 from tests.systemd.rig import DAEMON, SOCKETS, Rig
 
 SOAK_KILLS = int(os.environ.get("GPUORCH_SOAK_KILLS", "0"))
@@ -91,8 +91,7 @@ def test_leases_survive_a_typo_in_the_env_file_and_it_is_reported(rig: Rig) -> N
         crowd.check()
         said = "GPU_ORCHESTRATOR_LEASE_TTL"
         wait_until(lambda: said in rig.show(DAEMON, "StatusText"), "the typo in the status")
-        print(rig.messages(DAEMON, place))
-        assert any(said in line for line in rig.messages(DAEMON, place))
+        wait_until(lambda: any(said in x for x in rig.messages(DAEMON, place)), "it in the log")
         ready = rig.gpuorch("ready", check=False)
         assert ready.returncode == 1
         assert said in ready.stderr
@@ -101,7 +100,7 @@ def test_leases_survive_a_typo_in_the_env_file_and_it_is_reported(rig: Rig) -> N
         crowd.check()
         rig.configure(**ENVIRONMENT)
         rig.systemctl("restart", DAEMON)
-        assert rig.gpuorch("ready", check=False).returncode == 0
+        rig.gpuorch("ready", "--wait", "20s")
         crowd.disperse()
 
 
@@ -115,6 +114,37 @@ def test_every_living_client_is_reattached_after_a_stop_and_a_start(rig: Rig) ->
         rig.systemctl("start", *SOCKETS, DAEMON)
         crowd.wait_until_attached()
         crowd.disperse()
+
+
+def test_a_full_store_refuses_the_next_and_keeps_the_others(rig: Rig) -> None:
+    """The bound of the installed unit; those of holders come before it and are raised."""
+    bound = int(rig.show(DAEMON, "FileDescriptorStoreMax"))
+    rig.configure(
+        GPUORCH_SIMULATE="1x81920",
+        GPUORCH_MAX_HOLDERS=bound + 1,
+        GPUORCH_MAX_HOLDERS_PER_UID=bound + 1,
+    )
+    rig.gpuorch("health")
+    # One process may have no more than 1,024 files open.
+    share = bound // 4
+    counts = (share, share, share, bound - 3 * share)
+    members = [Member(rig, "holds", at * share, count, 10) for at, count in enumerate(counts)]
+    try:
+        for member in members:
+            member.wait_until_ready()
+            assert [row[2] for row in member.began_with] == [None] * len(member.began_with)
+        assert rig.show(DAEMON, "NFileDescriptorStore") == str(bound)
+        one_more = "import libclient; print(libclient.lease('late', 10).detail)"
+        said = f"at most {bound} connections in the descriptor store; this bound is reached"
+        assert said in rig.python(one_more)
+        rig.wait_for_restart(rig.kill_daemon())
+        for member in members:
+            assert member.tell("report") == member.began_with
+        assert rig.show(DAEMON, "NFileDescriptorStore") == str(bound)
+        assert said in rig.python(one_more)
+    finally:
+        for member in members:
+            member.end(rig)
 
 
 def tell(capsys: pytest.CaptureFixture[str], text: str) -> None:

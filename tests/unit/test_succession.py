@@ -47,7 +47,8 @@ def test_the_owner_of_half_a_frame_may_come_back_on_another_connection(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     fate = fates_of({FIRST: pair[0]}, kept(FIRST), frozenset({FIRST}))
-    assert fate == ({}, {FIRST})
+    assert fate.attached == {}
+    assert fate.lost == {FIRST}
     assert pair[1].recv(1) == b""
 
 
@@ -56,4 +57,5 @@ def test_it_may_also_when_the_daemon_that_ended_its_connection_was_killed_at_onc
 ) -> None:
     """The store drops what has hung up, and that daemon had recorded nothing yet."""
     fate = fates_of({FIRST: pair[0]}, kept(FIRST, SECOND), frozenset({SECOND}))
-    assert fate == ({FIRST: pair[0]}, {SECOND})
+    assert fate.attached == {FIRST: pair[0]}
+    assert fate.lost == {SECOND}
