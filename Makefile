@@ -16,7 +16,7 @@ INSTALL := $(PYTHON_IN) -m pip install -qq --no-input --disable-pip-version-chec
 PINS := setup.cfg pyproject.toml requirements.lock
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench install uninstall lock clean
+.PHONY: help demo test lint bench soak install uninstall lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile

@@ -5,12 +5,12 @@ Nothing that costs start-up time is imported before it is known that the daemon 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 from collections.abc import Sequence
 
-from gpuorchd.command_line import read_command_line
 from gpuorchd.config import ConfigError
 from gpuorchd.config_reading import Inputs, ReadConfig, effective, read_config
 from gpuorchd.host.env_file import EnvFileError
@@ -24,20 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 cannot start, 2 bad value, 70 bug."""
     fill_standard_streams()
     supervisor = meet_supervisor(os.environ)
-    asked = read_command_line(sys.argv[1:] if argv is None else argv, VERSION)
-    inputs = Inputs(asked.flags, dict(os.environ), asked.env_file)
+    inputs, check_config = _asked(sys.argv[1:] if argv is None else argv)
     try:
         read = inputs.read()
     except (ConfigError, EnvFileError) as error:
-        last = None if asked.check_config else _last_good(supervisor, inputs, str(error))
+        last = None if check_config else _last_good(supervisor, inputs, str(error))
         if last is None:
             return _refuse(error, EXIT_USAGE)
         read = last
-    if asked.check_config:
+    if check_config:
         for warning in read.warnings:
             sys.stderr.write(f"gpuorchd: {warning}\n")
         sys.stdout.write(json.dumps(effective(read.config), indent=1) + "\n")
         return 0
+    # All that is made until the daemon answers stays; to search it for garbage, again and again
+    # while it grows, is a tenth of the start. The daemon turns the collector on.
+    gc.disable()
     try:
         from gpuorchd.daemon import run_daemon
     except ModuleNotFoundError as error:
@@ -48,6 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_daemon(read, supervisor)
     except StartError as error:
         return _refuse(error, EXIT_CANNOT_START)
+
+
+def _asked(argv: Sequence[str]) -> tuple[Inputs, bool]:
+    """Read the command line: what gives the configuration, and whether only to show it.
+
+    As the service manager starts the daemon it takes no parser, which would be felt as a pause.
+    """
+    if len(argv) == 2 and argv[0] == "--env-file" and argv[1].removeprefix("-").startswith("/"):
+        return Inputs({}, dict(os.environ), argv[1]), False
+    from gpuorchd.command_line import read_command_line
+
+    asked = read_command_line(argv, VERSION)
+    return Inputs(asked.flags, dict(os.environ), asked.env_file), asked.check_config
 
 
 def _last_good(supervisor: Supervisor, inputs: Inputs, refused: str) -> ReadConfig | None:

@@ -15,7 +15,6 @@ import asyncio
 import faulthandler
 import gc
 import os
-import secrets
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -182,7 +181,7 @@ class Daemon:
         closing.callback(keeper.close)
         self._keeper = keeper
         self._succession = Succession(keeper, supervisor.inherited, supervisor.notifier, config)
-        epoch = self._succession.epoch or secrets.token_hex(EPOCH_BYTES)
+        epoch = self._succession.epoch or os.urandom(EPOCH_BYTES).hex()
         self._engine = Engine(_machine(config, kept, epoch), self._loop)
         closing.callback(self._engine.close)
         self._supervised = Supervised(supervisor.notifier, self._engine, self._loop)
@@ -215,9 +214,10 @@ class Daemon:
         self._supervised.start()
         if not engine.state.safe_mode:
             self._source.open()
-        # What is here now stays: the collector need not look at it again and again.
-        gc.collect()
+        # What is here now stays: the collector need not look at it again and again. It was off
+        # until now, and what little garbage there is costs less than the search for it.
         gc.freeze()
+        gc.enable()
         self._log.start(self._loop)
         self._closing.push_async_callback(observers.stop)
         observers.start(self._loop, self._lifecycle.fail)

@@ -133,10 +133,12 @@ def fates_of(
     """Match the connections that are here with those that were recorded.
 
     Where the store gave back anything at all, a connection that is not in it has ended. Where it
-    was emptied nobody knows, and whoever comes back is believed by its process.
+    was emptied nobody knows, and whoever comes back is believed by its process. So is the owner of
+    one with half a frame that is gone: a daemon may have shut it here, and then have been killed
+    before it could record that.
     """
     attached: dict[ConnectionId, socket.socket] = {}
-    lost = set()
+    lost = {client.conn for client in kept.clients if client.conn in half_sent}
     for number, sock in stored.items():
         if number in half_sent:
             # Nobody can say where its next frame would begin.

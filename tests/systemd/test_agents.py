@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
 from tests.support.daemon_process import wait_until
@@ -74,14 +77,28 @@ def test_what_becomes_of_the_daemon_leaves_a_running_agent_alone(
     assert rig.show(ANALYST, "SubState") == "running"
 
 
-def test_an_upgrade_leaves_a_running_agent_alone(rig: Rig) -> None:
+def test_an_upgrade_leaves_a_running_agent_and_its_lease_alone(rig: Rig) -> None:
     place = rig.cursor()
     rig.systemctl("start", ANALYST)
     wait_until(lambda: len(said(rig, place)) == 1, "the agent's first word")
     before = rig.show(ANALYST, "MainPID")
+    (lease,) = leases(rig)
+    assert (lease["agent"], str(lease["pid"]), lease["state"]) == ("analyst", before, "active")
     daemon = rig.main_pid()
     rig.install()
     rig.systemctl("restart", DAEMON)
     assert rig.wait_for_restart(daemon)
     assert rig.show(ANALYST, "MainPID") == before
     assert rig.show(ANALYST, "SubState") == "running"
+    assert leases(rig) == [lease]
+    # It is still the agent's: it ends with it.
+    rig.systemctl("stop", ANALYST)
+    wait_until(lambda: leases(rig) == [], "the end of its lease")
+
+
+def leases(rig: Rig) -> list[dict[str, Any]]:
+    """What `allocations` says of every lease, but for what changes by itself."""
+    rows: list[dict[str, Any]] = json.loads(rig.gpuorch("leases", "--json").stdout)["allocations"]
+    for row in rows:
+        del row["used_mb"]
+    return rows

@@ -115,3 +115,14 @@ def test_a_configuration_comes_back_from_its_texts() -> None:
     )
     texts = texts_of(ran_on)
     assert read_config(texts, {}).config == ran_on
+
+
+def test_half_a_frame_leaves_its_owner_the_way_back_however_often_daemons_are_killed(
+    stored: dict[ConnectionId, socket.socket],
+) -> None:
+    # The daemon that ended its connection was killed at once: the store dropped what hung up, and
+    # nothing was recorded.
+    del stored[ConnectionId(2)]
+    fate = fates_of(stored, kept(1, 2, 3), frozenset({2}))
+    assert fate.attached == stored
+    assert fate.lost == {2}
