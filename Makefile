@@ -35,6 +35,11 @@ bench: $(VENV)/.dev-installed  ## measure against C and Redis, with holders, bur
 	@$(PYTHON_IN) -m tests.support.system_packages bench
 	@$(PYTHON_IN) -m tests.bench
 
+soak: $(VENV)/.dev-installed  ## kill the daemon under systemd 5,000 times; takes about an hour
+	@$(PYTHON_IN) -m tests.support.system_packages test
+	@GPUORCH_SOAK_KILLS=$${GPUORCH_SOAK_KILLS:-5000} $(PYTHON_IN) -m pytest -q -s \
+		tests/systemd/test_survival.py
+
 install: $(VENV)/.daemon-installed  ## put daemon, units, scripts and pages under $(DESTDIR)$(PREFIX)
 	@$(PYTHON_IN) -m deploy install --destdir '$(DESTDIR)' --prefix '$(PREFIX)' \
 		--sysconfdir '$(SYSCONFDIR)' --port '$(PORT)' --interpreter '$(INTERPRETER)' \
