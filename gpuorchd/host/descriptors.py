@@ -22,6 +22,9 @@ NAMES_BYTES_MAX: Final = 120_000
 # A manager that takes longer is not waited for: the request is refused, not left open.
 BARRIER_S: Final = 2.0
 NOT_TAKEN: Final = "the service manager does not take descriptors"
+# Descriptors that are on their way at once: the manager's queue is everybody's, and a burst of
+# clients must not fill it.
+UNDER_WAY_MAX: Final = 256
 # What the manager did not take at once is sent again so often.
 RETRY_S: Final = 0.01
 
@@ -57,6 +60,8 @@ class DescriptorStore:
         # Names to be removed that the manager did not take.
         self._removals: list[str] = []
         self._flush: asyncio.Handle | None = None
+        # Since when the manager's queue has had no room, None while it has.
+        self._stuck_at: float | None = None
 
     @property
     def count(self) -> int:
@@ -119,31 +124,66 @@ class DescriptorStore:
     def _send_asked(self) -> None:
         self._flush = None
         self._retry_removals()
-        asked, self._asked = self._asked, []
+        room = UNDER_WAY_MAX - sum(len(batch.waiting) for batch in self._batches)
+        asked, self._asked = self._asked[: max(0, room)], self._asked[max(0, room) :]
         if not asked:
+            # The next barrier that comes back makes room, or tells that none will be.
             return
         try:
-            batch = _Batch(self._loop, self._batches)
+            batch = _Batch(self._loop, self._batches, self._go_on)
         except OSError as error:
             for number, _, then in asked:
                 self._fail(number, then, f"no barrier can be made: {error.strerror}")
             return
+        sent = 0
         for number, fd, then in asked:
-            if self._teller.send(f"FDSTORE=1\nFDNAME={name_of(number)}", (fd,)):
-                batch.waiting[number] = then
-            else:
-                self._fail(number, then, NOT_TAKEN)
-        if not batch.waiting:
+            if not self._teller.send(f"FDSTORE=1\nFDNAME={name_of(number)}", (fd,)):
+                break
+            batch.waiting[number] = then
+            sent += 1
+        self._put_off(asked[sent:])
+        if batch.waiting:
+            self._send_barrier(batch, self._loop.time() + BARRIER_S)
+        else:
             batch.end(None, call=False)
+
+    def _put_off(self, rest: list[tuple[int, int, Then]]) -> None:
+        """Send later what the manager's queue has no room for, unless it has had none for long."""
+        now = self._loop.time()
+        if not rest:
+            self._stuck_at = None
             return
-        if not batch.send(self._teller):
+        self._asked = rest + self._asked
+        if self._stuck_at is None:
+            self._stuck_at = now
+        if now - self._stuck_at < BARRIER_S:
+            if self._flush is None:
+                self._flush = self._loop.call_later(RETRY_S, self._send_asked)
+            return
+        self._stuck_at = None
+        asked, self._asked = self._asked, []
+        for number, _, then in asked:
+            self._fail(number, then, NOT_TAKEN)
+
+    def _send_barrier(self, batch: _Batch, until: float) -> None:
+        left_s = until - self._loop.time()
+        if batch.send(self._teller):
+            batch.timer = self._loop.call_later(max(0.0, left_s), self._give_up, batch)
+        elif left_s > 0:
+            batch.timer = self._loop.call_later(RETRY_S, self._send_barrier, batch, until)
+        else:
             self._give_up(batch)
-            return
-        batch.timer = self._loop.call_later(BARRIER_S, self._give_up, batch)
+
+    def _go_on(self) -> None:
+        if self._asked and self._flush is None:
+            self._flush = self._loop.call_soon(self._send_asked)
 
     def _give_up(self, batch: _Batch) -> None:
-        waiting = tuple(batch.waiting.items())
+        waiting = list(batch.waiting.items())
         batch.end(None, call=False)
+        # Those behind would wait for the same.
+        waiting += [(number, then) for number, _, then in self._asked]
+        self._asked = []
         for number, then in waiting:
             self._fail(number, then, NOT_TAKEN)
 
@@ -155,7 +195,13 @@ class DescriptorStore:
 class _Batch:
     """Connections behind one barrier: a pipe whose other end the manager closes."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, batches: set[_Batch]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        batches: set[_Batch],
+        came_back: Callable[[], None],
+    ) -> None:
+        self._tell_back = came_back
         self.waiting: dict[int, Then] = {}
         self.timer: asyncio.TimerHandle | None = None
         self._loop = loop
@@ -165,12 +211,12 @@ class _Batch:
 
     def send(self, teller: Teller) -> bool:
         """Send the barrier, and listen for its end."""
-        taken = teller.send("BARRIER=1", (self._write_fd,))
+        if not teller.send("BARRIER=1", (self._write_fd,)):
+            return False
         os.close(self._write_fd)
         self._write_fd = -1
-        if taken:
-            self._loop.add_reader(self._read_fd, self._came_back)
-        return taken
+        self._loop.add_reader(self._read_fd, self._came_back)
+        return True
 
     def end(self, reason: str | None, *, call: bool) -> None:
         """Give the pipe back, and tell those who wait."""
@@ -191,6 +237,7 @@ class _Batch:
 
     def _came_back(self) -> None:
         self.end(None, call=True)
+        self._tell_back()
 
 
 def name_of(number: int) -> str:

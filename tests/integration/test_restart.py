@@ -283,6 +283,17 @@ def test_a_full_store_refuses_the_next_and_keeps_the_others(tmp_path: Path) -> N
             client.close()
 
 
+def test_a_burst_of_first_leases_is_stored_whole_however_short_the_manager_s_queue(
+    manager: Init, clients: list[Client]
+) -> None:
+    # The queue of a datagram socket holds 10 messages where nobody has raised it.
+    crowd = [joined(manager, clients) for _ in range(80)]
+    for client in crowd:
+        client.send(1, "lease", agent="a", min_memory_mb=10)
+    assert all(client.reply(1).get("granted") for client in crowd)
+    manager.wait_until_kept(80)
+
+
 def test_a_manager_that_does_not_read_costs_a_refusal_and_no_lease(
     manager: Init, clients: list[Client]
 ) -> None:
