@@ -11,7 +11,7 @@ import sys
 
 from tests.support.daemon_process import ROOT
 
-BENCHMARKS = ("pair", "burst", "hostile", "idle_holders", "restart")
+BENCHMARKS = ("pair", "burst", "hostile", "idle_holders", "pair_managed", "restart")
 
 
 def main() -> int:
