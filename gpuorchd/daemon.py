@@ -182,7 +182,7 @@ class Daemon:
         self._keeper = keeper
         self._succession = Succession(keeper, supervisor.inherited, supervisor.notifier, config)
         epoch = self._succession.epoch or os.urandom(EPOCH_BYTES).hex()
-        self._engine = Engine(_machine(config, kept, epoch), self._loop)
+        self._engine = Engine(_machine(config, kept, epoch, self._succession), self._loop)
         closing.callback(self._engine.close)
         self._supervised = Supervised(supervisor.notifier, self._engine, self._loop)
         self._supervised.add_remark(self._reloading.remark)
@@ -340,9 +340,10 @@ def _options(config: Config) -> Options:
     )
 
 
-def _machine(config: Config, kept: KeptSettings, epoch: str) -> Machine:
+def _machine(config: Config, kept: KeptSettings, epoch: str, succession: Succession) -> Machine:
     settings = Settings(
         epoch=epoch,
+        keeps_answers=succession.keeps_connections,
         keeps=True,
         limits=config.limits,
         ttl_ns=config.ttl_ns,

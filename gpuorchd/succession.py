@@ -57,6 +57,12 @@ class Succession:
         self._found = keeper.read()
 
     @property
+    def keeps_connections(self) -> bool:
+        """Whether the service manager keeps connections while no daemon runs."""
+        bound = max(self._config.descriptor_store, len(self._stored))
+        return self._notifier.present and bound > 0 and not self._keeper.on_disk
+
+    @property
     def epoch(self) -> str | None:
         """The name of the lease table that is gone on from, None where there is none."""
         return None if self._found is None else self._found.epoch

@@ -11,13 +11,22 @@ from collections.abc import Iterable, Iterator
 
 from gpuorchd.core import leases, rows
 from gpuorchd.core.effects import Answer, AnswerDenial, AnswerPolicy, Commit, Effect
-from gpuorchd.core.model import Client, DeviceFacts, Lease, LeaseState, Part, Waiter
+from gpuorchd.core.model import (
+    Client,
+    DeviceFacts,
+    Lease,
+    LeaseState,
+    Part,
+    Token,
+    Waiter,
+)
 from gpuorchd.core.rows import ClientRow, DeviceRow, LeaseRow, OutcomeRow, PartRow, WaiterRow
 from gpuorchd.core.state import State
 
 Key = tuple[str, int | str]
 Rows = dict[Key, tuple[object, ...] | None]
 
+ENDED = Token("")
 OUTCOME_BITS = rows.OUTCOMES_KEPT.bit_length() - 1
 
 
@@ -33,10 +42,11 @@ def changes(state: State, effects: Iterable[Effect]) -> Commit | None:
         for number, waiter in state.changed_waiters.items():
             found[rows.WAITER, number] = waiter_row(waiter) if number in state.waiters else None
         state.changed_waiters.clear()
-    for effect in effects:
-        kind = type(effect)
-        if kind is Answer or kind is AnswerDenial or kind is AnswerPolicy:
-            _add_outcome(state, effect, found)
+    if state.settings.keeps_answers:
+        for effect in effects:
+            kind = type(effect)
+            if kind is Answer or kind is AnswerDenial or kind is AnswerPolicy:
+                _add_outcome(state, effect, found)
     if state.changed_clients:
         for conn, client in state.changed_clients.items():
             there = conn in state.clients
@@ -102,7 +112,8 @@ def lease_row(state: State, lease: Lease) -> LeaseRow:
     return LeaseRow(
         lease.number,
         lease.lease_id,
-        lease.token,
+        # Nobody asks by it any more once the lease has ended.
+        lease.token if lease.state is not LeaseState.DRAINING else ENDED,
         lease.conn,
         lease.request_id,
         lease.ask,

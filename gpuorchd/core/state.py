@@ -52,6 +52,8 @@ class Settings(NamedTuple):
     reading_max_age_ns: int = 3_000_000_000
     # Whether what changes is recorded (`Commit`), so that another daemon can go on from it.
     keeps: bool = False
+    # Whether answers are recorded too: only a connection that outlives the daemon asks again.
+    keeps_answers: bool = True
 
 
 @dataclass(slots=True, eq=False)

@@ -241,7 +241,7 @@ class Keeper:
         """Leave out what lets anybody in: nobody who needs it comes back without a store."""
         found = {k: row for k, row in rows.items() if k[0] not in (kinds.WAITER, kinds.OUTCOME)}
         for key, row in found.items():
-            if isinstance(row, LeaseRow) and not row.token.startswith(DIGEST):
+            if type(row) is LeaseRow and row.token and not row.token.startswith(DIGEST):
                 found[key] = row._replace(token=self._digest_of(row.token))
         return found
 

@@ -78,7 +78,12 @@ def c_echo(folder: Path, sizes: tuple[int, int, int, int]) -> Iterator[Contender
 def gpuorchd(folder: Path) -> Iterator[tuple[Contender, tuple[int, int, int, int]]]:
     """Start the daemon with everything on and a client; give the sizes of a pair's messages too."""
     flags = ("--simulate", "1x81920", "--http-port", str(free_port()))
-    with running_daemon(folder, *flags, environ={"GPUORCH_SIMULATE_DRAIN_S": "0"}) as daemon:
+    environ = {"GPUORCH_SIMULATE_DRAIN_S": "0"}
+    with (
+        # The lease table on a memory file system, as under /run.
+        tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
+        running_daemon(folder, *flags, "--runtime-dir", memory, environ=environ) as daemon,
+    ):
         with WireClient(daemon.socket) as probe:
             granted = probe.ask("lease", agent=AGENT, min_memory_mb=MEMORY_MB)
             asked, answered = probe.sent_bytes, probe.received_bytes
