@@ -29,6 +29,7 @@ from gpuorchd.host.keeping import TABLE_NAME, Keeper
 from gpuorchd.host.notify import Notifier
 from gpuorchd.host.start import Report
 from gpuorchd.server.listener import Server
+from gpuorchd.server.outliving import shut
 
 # Of a socket's path, in the name of the table of a daemon that no service manager started.
 DIGEST_DIGITS = 12
@@ -148,7 +149,7 @@ def fates_of(
     for number, sock in stored.items():
         if number in half_sent:
             # Nobody can say where its next frame would begin.
-            _shut(sock)
+            shut(sock)
             lost.add(number)
         else:
             attached[number] = sock
@@ -190,11 +191,3 @@ def texts_of(config: Config) -> dict[str, str]:
         if value is not None:
             texts[row.name] = row.kind.show(value)
     return texts
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        # It has ended by itself.
-        pass
